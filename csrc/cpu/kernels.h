@@ -1,0 +1,43 @@
+// What every instruction set provides: one table of row kernels, chosen once at run time.
+//
+// The kernels see raw pointers and one tile at a time; threads, shapes and dtypes are the business of
+// the ATen files (noise.cpp, lrt.cpp, kl.cpp). Plain C types only, so that isa_*.cpp stays free of STL.
+#pragma once
+#include <stddef.h>
+#include <stdint.h>
+
+enum class DType { f32, bf16, f16 };
+
+// Tiles hold at most this many elements, so that three fp32 buffers of one stay in a 48 KiB L1.
+constexpr ptrdiff_t kTile = 2048;
+
+// The noise of one operator call: section 3 of the contract in ops/noise.py.
+struct NoiseStream {
+  uint64_t seed;
+  uint32_t sample;
+  uint64_t row_offset, col_offset;
+};
+
+// A rectangle of the output matrix: rows [row, row + rows), columns [col, col + cols).
+struct Tile {
+  int64_t row, rows, col, cols;
+};
+
+struct Matrix {
+  void* data;
+  int64_t stride;  // elements from one row to the next
+  DType dtype;
+};
+
+struct Kernels {
+  const char* instruction_set;
+  // out = noise
+  void (*philox_normal)(NoiseStream, Tile, Matrix out);
+  // out[4 * i + k] = word k of the counter (counters[4 * i], ..., counters[4 * i + 3])
+  void (*philox_words)(uint64_t seed, const int64_t* counters, int64_t n, int64_t* out);
+};
+
+// Kernels of the best instruction set of this CPU, or of the one chosen by use_instruction_set.
+const Kernels& kernels();
+// Returns false where this CPU or this build lacks the set. For tests and benchmarks.
+bool use_instruction_set(const char* name);

@@ -1,0 +1,36 @@
+// CPU kernels of the noise family: ops/noise.py has the contract.
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <torch/library.h>
+
+#include "tiles.h"
+
+namespace losssurf {
+namespace {
+
+at::Tensor philox_normal_cpu(const at::Tensor& seed, int64_t rows, int64_t cols, int64_t row_offset,
+                             int64_t col_offset, int64_t sample, at::ScalarType dtype) {
+  const NoiseStream stream = noise_stream(seed, row_offset, col_offset, sample);
+  const bool widened = dtype == at::kDouble;  // fp64 is the fp32 normal
+  at::Tensor out = at::empty({rows, cols}, seed.options().dtype(widened ? at::kFloat : dtype));
+  const Matrix matrix = matrix_of(out, cols);
+  const auto kernel = kernels().philox_normal;
+  for_tiles(rows, cols, [&](Tile tile) { kernel(stream, tile, matrix); });
+  return widened ? out.to(at::kDouble) : out;
+}
+
+at::Tensor philox_words_cpu(const at::Tensor& seed, const at::Tensor& counters) {
+  const at::Tensor in = counters.contiguous();
+  at::Tensor out = at::empty_like(in);
+  kernels().philox_words(*seed.const_data_ptr<int64_t>(), in.const_data_ptr<int64_t>(), in.numel() / 4,
+                         out.data_ptr<int64_t>());
+  return out;
+}
+
+}  // namespace
+}  // namespace losssurf
+
+TORCH_LIBRARY_IMPL(losssurf_fast, CPU, m) {
+  m.impl("philox_normal", &losssurf::philox_normal_cpu);
+  m.impl("philox_words", &losssurf::philox_words_cpu);
+}

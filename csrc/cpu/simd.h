@@ -1,0 +1,220 @@
+// Lanes of one instruction set: vector types and the primitives of scalar.h on them.
+//
+// Included once by each isa_*.cpp, which first defines LSF_ISA (a namespace) and LSF_LANES (4, 8 or 16)
+// and opens the compiler's target. No STL, no ATen: a weak symbol compiled for AVX-512 here could be
+// picked by the linker for everybody.
+#pragma once
+#include <immintrin.h>
+#include <stddef.h>
+#include <string.h>
+
+#include "../scalar.h"
+#include "kernels.h"
+
+namespace {
+
+constexpr int kLanes = LSF_LANES;
+typedef float Floats __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
+typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
+
+LSF_INLINE Words bits_of(Floats x) { return reinterpret_cast<Words>(x); }
+LSF_INLINE Floats float_of(Words x) { return reinterpret_cast<Floats>(x); }
+LSF_INLINE Floats splat(float x) { return x - Floats{}; }  // x - 0, not 0 + x: keeps -0
+LSF_INLINE Words splat(uint32_t x) { return x + Words{}; }
+template <> LSF_INLINE Floats constant<Floats>(float x) { return splat(x); }
+LSF_INLINE Words shift_right_signed(Words x, int bits) {
+  return reinterpret_cast<Words>(reinterpret_cast<Ints>(x) >> bits);
+}
+LSF_INLINE Floats signed_to_float(Words x) {
+  return __builtin_convertvector(reinterpret_cast<Ints>(x), Floats);
+}
+LSF_INLINE Floats xor_sign(Floats x, Words sign) { return float_of(bits_of(x) ^ (sign & 0x80000000u)); }
+LSF_INLINE Floats load(const float* p) {
+  Floats x;
+  memcpy(&x, p, sizeof x);
+  return x;
+}
+LSF_INLINE void store(float* p, Floats x) { memcpy(p, &x, sizeof x); }
+
+#if LSF_LANES == 16
+LSF_INLINE Floats fused_mul_add(Floats a, Floats b, Floats c) {
+  return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+}
+LSF_INLINE Floats sqrt_rn(Floats x) { return (Floats)_mm512_sqrt_ps((__m512)x); }
+LSF_INLINE Floats to_float(Words x) { return (Floats)_mm512_cvtepu32_ps((__m512i)x); }
+LSF_INLINE Floats select_by_sign(Words sign, Floats a, Floats b) {
+  return (Floats)_mm512_mask_blend_ps(_mm512_movepi32_mask((__m512i)sign), (__m512)b, (__m512)a);
+}
+LSF_INLINE Floats maximum(Floats a, Floats b) { return (Floats)_mm512_max_ps((__m512)a, (__m512)b); }
+// Products of the even and of the odd lanes, then one masked shuffle each to put the halves in place.
+LSF_INLINE void mul_hi_lo(Words a, uint32_t m, Words& hi, Words& lo) {
+  const __m512i mv = _mm512_set1_epi32(m);
+  const __m512i even = _mm512_mul_epu32((__m512i)a, mv);
+  const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64((__m512i)a, 32), mv);
+  lo = (Words)_mm512_mask_shuffle_epi32(even, 0xAAAA, odd, _MM_PERM_CCAA);
+  hi = (Words)_mm512_mask_shuffle_epi32(odd, 0x5555, even, _MM_PERM_DDBB);
+}
+LSF_INLINE Floats from_half(const uint16_t* p) {
+  return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+}
+LSF_INLINE void to_half(Floats x, uint16_t* p) {
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT));
+}
+#elif LSF_LANES == 8
+LSF_INLINE Floats fused_mul_add(Floats a, Floats b, Floats c) {
+  return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+}
+LSF_INLINE Floats sqrt_rn(Floats x) { return (Floats)_mm256_sqrt_ps((__m256)x); }
+LSF_INLINE Floats to_float(Words x) {  // high half exact, low half added in one rounding
+  return fused_mul_add(signed_to_float(x >> 16), splat(65536.0f), signed_to_float(x & 0xFFFFu));
+}
+LSF_INLINE Floats select_by_sign(Words sign, Floats a, Floats b) {
+  return (Floats)_mm256_blendv_ps((__m256)b, (__m256)a, (__m256)sign);
+}
+LSF_INLINE Floats maximum(Floats a, Floats b) { return (Floats)_mm256_max_ps((__m256)a, (__m256)b); }
+LSF_INLINE void mul_hi_lo(Words a, uint32_t m, Words& hi, Words& lo) {
+  const __m256i mv = _mm256_set1_epi32(m);
+  const __m256i even = _mm256_mul_epu32((__m256i)a, mv);
+  const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64((__m256i)a, 32), mv);
+  lo = (Words)_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA);
+  hi = (Words)_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xAA);
+}
+LSF_INLINE Floats from_half(const uint16_t* p) {
+  return (Floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+}
+LSF_INLINE void to_half(Floats x, uint16_t* p) {
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
+}
+#else  // any x86-64: lane by lane where SSE2 has no instruction; libm's fmaf rounds once everywhere
+LSF_INLINE Floats fused_mul_add(Floats a, Floats b, Floats c) {
+  for (int i = 0; i < kLanes; ++i) c[i] = fmaf(a[i], b[i], c[i]);
+  return c;
+}
+LSF_INLINE Floats sqrt_rn(Floats x) { return (Floats)_mm_sqrt_ps((__m128)x); }
+LSF_INLINE Floats to_float(Words x) {
+  Floats y;
+  for (int i = 0; i < kLanes; ++i) y[i] = to_float(x[i]);
+  return y;
+}
+LSF_INLINE Floats select_by_sign(Words sign, Floats a, Floats b) { return (Ints)sign < 0 ? a : b; }
+LSF_INLINE Floats maximum(Floats a, Floats b) { return (Floats)_mm_max_ps((__m128)a, (__m128)b); }
+LSF_INLINE void mul_hi_lo(Words a, uint32_t m, Words& hi, Words& lo) {
+  for (int i = 0; i < kLanes; ++i) {
+    const uint64_t product = (uint64_t)a[i] * m;
+    hi[i] = (uint32_t)(product >> 32);
+    lo[i] = (uint32_t)product;
+  }
+}
+LSF_INLINE float half_to_float(uint16_t h) {
+  const uint32_t sign = (uint32_t)(h & 0x8000u) << 16, magnitude = h & 0x7FFFu;
+  if (magnitude >= 0x7C00u) return float_of(sign | 0x7F800000u | (magnitude & 0x3FFu) << 13);
+  return float_of(sign | bits_of(float_of(magnitude << 13) * 0x1p112f));  // rebias, subnormals too
+}
+LSF_INLINE uint16_t float_to_half(float x) {
+  const uint32_t sign = bits_of(x) >> 16 & 0x8000u, magnitude = bits_of(x) & 0x7FFFFFFFu;
+  if (magnitude > 0x7F800000u) return (uint16_t)(sign | 0x7E00u | (magnitude >> 13 & 0x3FFu));
+  if (magnitude >= 0x477FF000u) return (uint16_t)(sign | 0x7C00u);
+  if (magnitude < 0x38800000u)  // subnormal: the adder rounds at the last half bit
+    return (uint16_t)(sign | (bits_of(float_of(magnitude) + 0.5f) - 0x3F000000u));
+  return (uint16_t)(sign | (magnitude + 0xFFFu + (magnitude >> 13 & 1u) - 0x38000000u) >> 13);
+}
+LSF_INLINE Floats from_half(const uint16_t* p) {
+  Floats x;
+  for (int i = 0; i < kLanes; ++i) x[i] = half_to_float(p[i]);
+  return x;
+}
+LSF_INLINE void to_half(Floats x, uint16_t* p) {
+  for (int i = 0; i < kLanes; ++i) p[i] = float_to_half(x[i]);
+}
+#endif
+
+LSF_INLINE Floats from_bfloat(const uint16_t* p) {
+  typedef uint16_t Shorts __attribute__((vector_size(2 * kLanes)));
+  Shorts x;
+  memcpy(&x, p, sizeof x);
+  return float_of(__builtin_convertvector(x, Words) << 16);
+}
+LSF_INLINE void to_bfloat(Floats x, uint16_t* p) {  // nearest even; NaN stays NaN
+  typedef uint16_t Shorts __attribute__((vector_size(2 * kLanes)));
+  const Words bits = bits_of(x);
+  const Words rounded = (bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16;
+  const Words quiet = bits >> 16 | 0x40u;
+  const Ints is_nan = x != x;
+  const Shorts out = __builtin_convertvector(is_nan ? quiet : rounded, Shorts);
+  memcpy(p, &out, sizeof out);
+}
+
+// ---- rows: whole vectors, then one partial vector that never touches memory past the end -----------
+struct Whole {};
+struct Part {
+  ptrdiff_t n;
+};
+LSF_INLINE Floats load(const float* p, Whole) { return load(p); }
+LSF_INLINE void store(float* p, Floats x, Whole) { store(p, x); }
+#if LSF_LANES == 16
+LSF_INLINE Floats load(const float* p, Part part) {
+  return (Floats)_mm512_maskz_loadu_ps((__mmask16)((1u << part.n) - 1), p);
+}
+LSF_INLINE void store(float* p, Floats x, Part part) {
+  _mm512_mask_storeu_ps(p, (__mmask16)((1u << part.n) - 1), (__m512)x);
+}
+#else
+LSF_INLINE Floats load(const float* p, Part part) {
+  Floats x = {};
+  for (ptrdiff_t i = 0; i < part.n; ++i) x[i] = p[i];
+  return x;
+}
+LSF_INLINE void store(float* p, Floats x, Part part) {
+  for (ptrdiff_t i = 0; i < part.n; ++i) p[i] = x[i];
+}
+#endif
+
+// body(i, extent) for every vector of a row of n; load and store take the extent.
+template <class Body> LSF_INLINE void for_vectors(ptrdiff_t n, Body body) {
+  ptrdiff_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) body(i, Whole{});
+  if (i < n) body(i, Part{n - i});
+}
+
+LSF_INLINE void* element(Matrix m, int64_t row, int64_t col) {
+  return (char*)m.data + (row * m.stride + col) * (m.dtype == DType::f32 ? 4 : 2);
+}
+
+// A row stored in any dtype, as fp32: the row itself, or its copy in scratch.
+LSF_INLINE const float* widen(DType t, const void* row, ptrdiff_t n, float* scratch) {
+  if (t == DType::f32) return (const float*)row;
+  const uint16_t* p = (const uint16_t*)row;
+  ptrdiff_t i = 0;
+  uint16_t last[kLanes] = {};
+  if (t == DType::bf16) {
+    for (; i + kLanes <= n; i += kLanes) store(scratch + i, from_bfloat(p + i));
+    for (ptrdiff_t j = i; j < n; ++j) last[j - i] = p[j];
+    if (i < n) store(scratch + i, from_bfloat(last), Part{n - i});
+  } else {
+    for (; i + kLanes <= n; i += kLanes) store(scratch + i, from_half(p + i));
+    for (ptrdiff_t j = i; j < n; ++j) last[j - i] = p[j];
+    if (i < n) store(scratch + i, from_half(last), Part{n - i});
+  }
+  return scratch;
+}
+// Where a row's fp32 results go before `narrow` rounds them: the row itself, or scratch.
+LSF_INLINE float* staging(DType t, void* row, float* scratch) {
+  return t == DType::f32 ? (float*)row : scratch;
+}
+LSF_INLINE void narrow(DType t, const float* staged, ptrdiff_t n, void* row) {
+  if (t == DType::f32) return;
+  uint16_t* p = (uint16_t*)row;
+  ptrdiff_t i = 0;
+  uint16_t last[kLanes];
+  if (t == DType::bf16) {
+    for (; i + kLanes <= n; i += kLanes) to_bfloat(load(staged + i), p + i);
+    if (i < n) to_bfloat(load(staged + i, Part{n - i}), last);
+  } else {
+    for (; i + kLanes <= n; i += kLanes) to_half(load(staged + i), p + i);
+    if (i < n) to_half(load(staged + i, Part{n - i}), last);
+  }
+  for (ptrdiff_t j = i; j < n; ++j) p[j] = last[j - i];
+}
+
+}  // namespace

@@ -1,0 +1,46 @@
+// From tensors to tiles: what the ATen files share.
+#pragma once
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+
+#include <algorithm>
+
+#include "kernels.h"
+
+namespace losssurf {
+
+inline DType dtype_of(const at::Tensor& t) {
+  switch (t.scalar_type()) {
+    case at::kFloat: return DType::f32;
+    case at::kBFloat16: return DType::bf16;
+    case at::kHalf: return DType::f16;
+    default: TORCH_CHECK_TYPE(false, "losssurf_fast: no fp32 kernel for dtype ", t.scalar_type());
+  }
+}
+
+// A contiguous tensor seen as rows of its last `cols` elements.
+inline Matrix matrix_of(const at::Tensor& t, int64_t cols) {
+  return {t.data_ptr(), cols, dtype_of(t)};
+}
+
+inline NoiseStream noise_stream(const at::Tensor& seed, int64_t row_offset, int64_t col_offset, int64_t sample) {
+  return {static_cast<uint64_t>(*seed.const_data_ptr<int64_t>()), static_cast<uint32_t>(sample),
+          static_cast<uint64_t>(row_offset), static_cast<uint64_t>(col_offset)};
+}
+
+// Calls body(tile) for tiles of at most kTile elements that cover rows x cols, in parallel.
+template <class Body> void for_tiles(int64_t rows, int64_t cols, const Body& body) {
+  if (rows == 0 || cols == 0) return;
+  const int64_t tile_cols = std::min<int64_t>(cols, kTile);
+  const int64_t tile_rows = std::max<int64_t>(1, kTile / tile_cols);
+  const int64_t across = (cols + tile_cols - 1) / tile_cols;
+  const int64_t down = (rows + tile_rows - 1) / tile_rows;
+  at::parallel_for(0, across * down, 8, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t row = i / across * tile_rows, col = i % across * tile_cols;
+      body(Tile{row, std::min(tile_rows, rows - row), col, std::min(tile_cols, cols - col)});
+    }
+  });
+}
+
+}  // namespace losssurf

@@ -1,0 +1,47 @@
+// The primitives that the torch-free headers are written in, on scalars: CUDA and plain C++.
+//
+// philox.h, lrt_math.h and kl_math.h are templates over F (float) and U (uint32_t). cpu/simd.h overloads
+// every function here for vectors of lanes and is included before them, so one text serves all backends.
+#pragma once
+#include <math.h>
+#include <stdint.h>
+
+#ifdef __CUDACC__
+#define LSF_INLINE __host__ __device__ __forceinline__
+#else
+#define LSF_INLINE inline __attribute__((always_inline))
+#endif
+
+namespace {
+
+LSF_INLINE void mul_hi_lo(uint32_t a, uint32_t b, uint32_t& hi, uint32_t& lo) {
+  const uint64_t product = static_cast<uint64_t>(a) * b;
+  hi = static_cast<uint32_t>(product >> 32);
+  lo = static_cast<uint32_t>(product);
+}
+LSF_INLINE float to_float(uint32_t x) { return static_cast<float>(x); }          // nearest even
+LSF_INLINE float signed_to_float(uint32_t x) { return static_cast<float>(static_cast<int32_t>(x)); }
+LSF_INLINE uint32_t shift_right_signed(uint32_t x, int bits) {
+  return static_cast<uint32_t>(static_cast<int32_t>(x) >> bits);
+}
+LSF_INLINE uint32_t bits_of(float x) {
+  union { float f; uint32_t u; } both = {x};
+  return both.u;
+}
+LSF_INLINE float float_of(uint32_t x) {
+  union { uint32_t u; float f; } both = {x};
+  return both.f;
+}
+LSF_INLINE float fused_mul_add(float a, float b, float c) { return fmaf(a, b, c); }
+#ifdef __CUDA_ARCH__
+LSF_INLINE float sqrt_rn(float x) { return __fsqrt_rn(x); }
+#else
+LSF_INLINE float sqrt_rn(float x) { return sqrtf(x); }
+#endif
+// a where the sign bit of `sign` is set, else b
+LSF_INLINE float select_by_sign(uint32_t sign, float a, float b) { return static_cast<int32_t>(sign) < 0 ? a : b; }
+// x, negated where the sign bit of `sign` is set
+LSF_INLINE float xor_sign(float x, uint32_t sign) { return float_of(bits_of(x) ^ (sign & 0x80000000u)); }
+template <class F> LSF_INLINE F constant(float x) { return x; }
+
+}  // namespace

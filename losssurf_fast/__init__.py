@@ -1,0 +1,17 @@
+"""Fast experiments on the weights of neural networks: stochastic layers, curves, averages."""
+
+import torch  # noqa: F401  (its libraries must be loaded before _C's)
+
+from losssurf_fast import ops  # defines the operators that _C attaches kernels to
+from losssurf_fast._library import kernel_for
+
+try:
+    from losssurf_fast import _C  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        f"losssurf_fast: the compiled module _C could not be loaded ({error}). Build it against this torch "
+        f"({torch.__version__}) with `pip install --no-build-isolation .` in the source tree."
+    ) from error
+
+__version__ = "0.1.0"
+__all__ = ["kernel_for", "ops"]

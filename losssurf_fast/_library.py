@@ -1,0 +1,99 @@
+"""Operators and the dispatcher: the only user of ``torch.library`` in the package.
+
+An operator is defined once by :func:`define`: its schema, its plain-torch reference (the kernel that runs where no
+other is attached) and its fake. Kernels attach by dispatch key alone: C++ with ``TORCH_LIBRARY_IMPL`` in ``csrc/``,
+Triton with :func:`attach` in ``ops/*_triton.py``. :func:`kernel_for` says which one serves a device.
+"""
+
+import contextlib
+
+import torch
+from torch.autograd import forward_ad
+
+NAMESPACE = "losssurf_fast"
+_library = torch.library.Library(NAMESPACE, "DEF")
+_attached: dict[tuple[str, str], str] = {}  # (operator, device type) -> language of a kernel attached from Python
+_missing: dict[str, str] = {}  # device type -> why kernels that should serve it are absent
+OPERATORS: list[str] = []
+
+
+def define(schema: str, *, reference, fake) -> None:
+    """Define an operator: ``reference`` serves every device without a kernel of its own, ``fake`` traces it."""
+    name = schema.partition("(")[0]
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(name, reference, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+    OPERATORS.append(name)
+
+
+def attach(name: str, kernel, *, device: str = "cuda", language: str = "Triton") -> None:
+    """Let ``kernel`` serve operator ``name`` on ``device``."""
+    _library.impl(name, kernel, device.upper())
+    _attached[name, device] = language
+
+
+def explain_missing(device: str, reason: str) -> None:
+    """Record why a device's kernels are absent; :func:`kernel_for` repeats it."""
+    _missing[device] = reason
+
+
+def register_autograd(name: str, backward, setup_context) -> None:
+    torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=_library)
+
+
+def register_vmap(name: str, rule) -> None:
+    torch.library.register_vmap(f"{NAMESPACE}::{name}", rule, lib=_library)
+
+
+def composite_needed() -> bool:
+    """Whether a ``torch.func`` transform or forward-mode AD is active.
+
+    ``register_autograd`` formulas fail under the first and are silently skipped by the second, so public functions
+    then take the operator's reference, which autograd differentiates by itself.
+    """
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def composite_backward(reference, inputs, grads, needed):
+    """Vector-Jacobian product of ``reference(*inputs)`` that can itself be differentiated (double backward).
+
+    ``needed[i]`` says whether ``inputs[i]`` wants a gradient; the others return None.
+    """
+    wanted = [x for x, need in zip(inputs, needed, strict=True) if need]
+    with torch.enable_grad():
+        outputs = reference(*inputs)
+    found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=True, allow_unused=True))
+    return tuple(next(found) if need else None for need in needed)
+
+
+@contextlib.contextmanager
+def device_guard(tensor: torch.Tensor):
+    """Make ``tensor``'s GPU current for a launch; nothing to do elsewhere (the Triton interpreter)."""
+    if tensor.is_cuda:
+        with torch.cuda.device(tensor.device):
+            yield
+    else:
+        yield
+
+
+def kernel_for(op: str, device: str | torch.device = "cpu") -> str:
+    """The kernel that runs for operator ``op`` on ``device``, also where that device is absent.
+
+    Returns one line such as ``"C++ (avx512)"``, ``"Triton"`` or ``"reference (plain torch): <why>"``.
+
+    Raises:
+        ValueError: ``op`` is not an operator of this package.
+    """
+    name = op.removeprefix(f"{NAMESPACE}::")
+    device = torch.device(device).type
+    if name not in OPERATORS:
+        raise ValueError(f"kernel_for: op must be one of {', '.join(OPERATORS)}, got {op!r}")
+    if (name, device) in _attached:
+        return _attached[name, device]
+    if torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", device.upper()):
+        if device == "cpu":
+            from losssurf_fast import _C
+
+            return f"C++ ({_C.instruction_set()})"
+        return "CUDA C++"
+    return f"reference (plain torch): {_missing.get(device, f'no kernel for {device} is written')}"
