@@ -6,6 +6,7 @@ Triton with :func:`attach` in ``ops/*_triton.py``. :func:`kernel_for` says which
 """
 
 import contextlib
+import functools
 
 import torch
 from torch.autograd import forward_ad
@@ -17,18 +18,32 @@ _missing: dict[str, str] = {}  # device type -> why kernels that should serve it
 OPERATORS: list[str] = []
 
 
+def without_autocast(function):
+    """``function`` with autocast off: our operators choose their dtypes themselves, in forward and in backward."""
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                with torch.autocast(device, enabled=False):
+                    return call(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return call
+
+
 def define(schema: str, *, reference, fake) -> None:
     """Define an operator: ``reference`` serves every device without a kernel of its own, ``fake`` traces it."""
     name = schema.partition("(")[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(name, reference, "CompositeExplicitAutograd")
+    _library.impl(name, without_autocast(reference), "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
     OPERATORS.append(name)
 
 
 def attach(name: str, kernel, *, device: str = "cuda", language: str = "Triton") -> None:
     """Let ``kernel`` serve operator ``name`` on ``device``."""
-    _library.impl(name, kernel, device.upper())
+    _library.impl(name, without_autocast(kernel), device.upper())
     _attached[name, device] = language
 
 
