@@ -1,4 +1,5 @@
 // The kernels of one instruction set, compiled for the target that the including file has set.
+#pragma GCC optimize("schedule-insns", "sched-pressure")
 #include "noise_kernels.h"
 
 extern const Kernels LSF_ISA;

@@ -52,12 +52,22 @@ template <class V> LSF_INLINE void store_quads(float* out, Two<V> even, Two<V> o
   store_quads(out + 2 * sizeof(V) / sizeof(float), even.b, odd.b);
 }
 
-template <class... U> LSF_INLINE void store_normals(float* out, PhiloxWords<U...> counters, const KeyTable& keys) {
-  const PhiloxWords<Counters> w = philox4x32_10(counters, keys);
-  StepFloats even, odd;
-  box_muller(interleave(w.w0, w.w2), interleave(w.w1, w.w3), even, odd);
-  store_quads(out, even, odd);
-}
+// The words of a step become normals only while the next step draws its words: each alone waits for its own latencies,
+// together they fill the ports.
+struct Step {
+  StepWords a, b;
+  float* out;
+  LSF_INLINE void finish() const {
+    StepFloats even, odd;
+    box_muller(a, b, even, odd);
+    store_quads(out, even, odd);
+  }
+  template <class... U> LSF_INLINE void next(PhiloxWords<U...> counters, const KeyTable& keys, float* next_out) {
+    const PhiloxWords<Counters> w = philox4x32_10(counters, keys);
+    finish();
+    *this = {interleave(w.w0, w.w2), interleave(w.w1, w.w3), next_out};
+  }
+};
 
 // The noise of a tile row after row, whole quads each.
 LSF_INLINE void draw_quads(NoiseStream stream, Tile tile, float* out) {
@@ -79,13 +89,15 @@ LSF_INLINE void draw_quads(NoiseStream stream, Tile tile, float* out) {
   memcpy(&quad_ahead, lane_quads, sizeof quad_ahead);
   memcpy(&row_ahead, lane_rows, sizeof row_ahead);
 
+  float outside[4 * kStep];  // for the step before the first one and for what the last one has too much
+  Step step = {{}, {}, outside};
   float* const end = out + 4 * quads * tile.rows;
   for (q = 0, r = 0; out < end;) {
     const uint64_t row = first_row + r;
     const uint32_t row_low = (uint32_t)row, row_high = (uint32_t)(row >> 32);
     for (; q + kStep <= quads; q += kStep, out += 4 * kStep) {
       const Counters quad = quad_ahead + (uint32_t)(first_quad + q);
-      store_normals(out, PhiloxWords<Counters, uint32_t, uint32_t, uint32_t>{quad, row_low, row_high, sample}, keys);
+      step.next(PhiloxWords<Counters, uint32_t, uint32_t, uint32_t>{quad, row_low, row_high, sample}, keys, out);
     }
     if (q == quads) {
       q = 0, ++r;
@@ -95,14 +107,14 @@ LSF_INLINE void draw_quads(NoiseStream stream, Tile tile, float* out) {
     const Counters inside = past >> 63;
     const Counters quad = past + (-inside & (uint64_t)quads) + first_quad;
     const Counters rows = row_ahead - inside + (row + 1);
-    const bool fits = end - out >= 4 * kStep;
-    float tail[4 * kStep];
-    store_normals(fits ? out : tail, PhiloxWords<Counters, Counters, Counters, uint32_t>{quad, rows, rows >> 32, sample}, keys);
-    if (!fits) memcpy(out, tail, (char*)end - (char*)out);
+    step.next(PhiloxWords<Counters, Counters, Counters, uint32_t>{quad, rows, rows >> 32, sample}, keys,
+              end - out >= 4 * kStep ? out : outside);
     out += 4 * kStep;
     q += step_q, r += step_r;
     if (q >= quads) q -= quads, ++r;
   }
+  step.finish();
+  if (step.out == outside) memcpy(out - 4 * kStep, outside, sizeof outside - 4 * (out - end));
 }
 
 LSF_INLINE void draw(NoiseStream stream, Tile tile, TileNoise& noise) {
