@@ -69,13 +69,14 @@ template <class F, class U> LSF_INLINE void box_muller(U a, U b, F& even, F& odd
   const U t = b + 0x20000000u;
   const F x = signed_to_float(b << 2) * constant<F>(0x1p-32f);
   const F x2 = x * x;
-  const F s = x * polynomial(x2, -0.004602177068591118f, 0.07968022674322128f, -0.6459634900093079f, 1.5707963705062866f);
-  const F c = polynomial(x2, 0.0009067435166798532f, -0.02086152881383896f, 0.253669410943985f, -1.2337005138397217f, 1.0f);
+  odd = x * polynomial(x2, -0.004602177068591118f, 0.07968022674322128f, -0.6459634900093079f, 1.5707963705062866f);
+  even = polynomial(x2, 0.0009067435166798532f, -0.02086152881383896f, 0.253669410943985f, -1.2337005138397217f, 1.0f);
 
-  // (cos, sin) of theta are (c, s), (-s, c), (-c, -s), (s, -c) in quadrants 0 to 3.
-  const F signed_r = xor_sign(r, t);
-  even = signed_r * select_by_bit<30>(t, -s, c);
-  odd = signed_r * select_by_bit<30>(t, c, s);
+  // Two bits of t turn (cos, sin) of x into those of theta: bit 30 by a quarter, bit 31 by a half.
+  quarter_turn(t, even, odd);
+  const F turned_r = xor_sign(r, t);
+  even = even * turned_r;
+  odd = odd * turned_r;
 }
 
 }  // namespace

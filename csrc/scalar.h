@@ -38,8 +38,11 @@ LSF_INLINE float sqrt_rn(float x) { return __fsqrt_rn(x); }
 #else
 LSF_INLINE float sqrt_rn(float x) { return sqrtf(x); }
 #endif
-// a where that bit of `word` is set, else b
-template <int Bit> LSF_INLINE float select_by_bit(uint32_t word, float a, float b) { return word >> Bit & 1u ? a : b; }
+// Turns the vector (x, y) by 90 degrees where bit 30 of `turn` is set.
+LSF_INLINE void quarter_turn(uint32_t turn, float& x, float& y) {
+  const float before = x;
+  if (turn >> 30 & 1u) x = -y, y = before;
+}
 // x, negated where the sign bit of `sign` is set
 LSF_INLINE float xor_sign(float x, uint32_t sign) { return float_of(bits_of(x) ^ (sign & 0x80000000u)); }
 // u = mantissa 2^exponent with the mantissa in [3/4, 3/2), for normal u > 0

@@ -60,8 +60,9 @@ template <class V> LSF_INLINE Two<V> fused_mul_add(Two<V> x, Two<V> y, Two<V> z)
 template <class V, class W> LSF_INLINE Two<V> xor_sign(Two<V> x, Two<W> sign) {
   return {xor_sign(x.a, sign.a), xor_sign(x.b, sign.b)};
 }
-template <int Bit, class W, class V> LSF_INLINE Two<V> select_by_bit(Two<W> word, Two<V> x, Two<V> y) {
-  return {select_by_bit<Bit>(word.a, x.a, y.a), select_by_bit<Bit>(word.b, x.b, y.b)};
+template <class W, class V> LSF_INLINE void quarter_turn(Two<W> turn, Two<V>& x, Two<V>& y) {
+  quarter_turn(turn.a, x.a, y.a);
+  quarter_turn(turn.b, x.b, y.b);
 }
 
 }  // namespace

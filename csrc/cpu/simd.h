@@ -44,9 +44,11 @@ LSF_INLINE Floats fused_mul_add(Floats a, Floats b, Floats c) {
 }
 LSF_INLINE Floats sqrt_rn(Floats x) { return (Floats)_mm512_sqrt_ps((__m512)x); }
 LSF_INLINE Floats to_float(Words x) { return (Floats)_mm512_cvtepu32_ps((__m512i)x); }
-template <int Bit> LSF_INLINE Floats select_by_bit(Words word, Floats a, Floats b) {
-  const __mmask16 set = _mm512_test_epi32_mask((__m512i)word, _mm512_set1_epi32(1u << Bit));
-  return (Floats)_mm512_mask_blend_ps(set, (__m512)b, (__m512)a);
+LSF_INLINE void quarter_turn(Words turn, Floats& x, Floats& y) {
+  const __mmask16 turns = _mm512_test_epi32_mask((__m512i)turn, _mm512_set1_epi32(1 << 30));
+  const __m512 before = (__m512)x;
+  x = (Floats)_mm512_mask_xor_ps(before, turns, (__m512)y, _mm512_set1_ps(-0.0f));
+  y = (Floats)_mm512_mask_blend_ps(turns, (__m512)y, before);
 }
 LSF_INLINE void split_exponent(Floats u, Floats& mantissa, Floats& exponent) {
   mantissa = (Floats)_mm512_getmant_ps((__m512)u, _MM_MANT_NORM_p75_1p5, _MM_MANT_SIGN_src);
@@ -75,8 +77,11 @@ LSF_INLINE Floats sqrt_rn(Floats x) { return (Floats)_mm256_sqrt_ps((__m256)x); 
 LSF_INLINE Floats to_float(Words x) {  // high half exact, low half added in one rounding
   return fused_mul_add(signed_to_float(x >> 16), splat(65536.0f), signed_to_float(x & 0xFFFFu));
 }
-template <int Bit> LSF_INLINE Floats select_by_bit(Words word, Floats a, Floats b) {
-  return (Floats)_mm256_blendv_ps((__m256)b, (__m256)a, (__m256)(word << (31 - Bit)));
+LSF_INLINE void quarter_turn(Words turn, Floats& x, Floats& y) {
+  const __m256 sign = (__m256)(turn << 1);
+  const Floats before = x;
+  x = (Floats)_mm256_blendv_ps((__m256)before, (__m256)-y, sign);
+  y = (Floats)_mm256_blendv_ps((__m256)y, (__m256)before, sign);
 }
 LSF_INLINE Floats maximum(Floats a, Floats b) { return (Floats)_mm256_max_ps((__m256)a, (__m256)b); }
 LSF_INLINE WideWords product(WideWords a, uint32_t m) {
@@ -104,8 +109,11 @@ LSF_INLINE Floats to_float(Words x) {
   for (int i = 0; i < kLanes; ++i) y[i] = to_float(x[i]);
   return y;
 }
-template <int Bit> LSF_INLINE Floats select_by_bit(Words word, Floats a, Floats b) {
-  return (word & (1u << Bit)) != 0 ? a : b;
+LSF_INLINE void quarter_turn(Words turn, Floats& x, Floats& y) {
+  const Ints turns = reinterpret_cast<Ints>(turn << 1) < 0;
+  const Floats before = x;
+  x = turns ? -y : before;
+  y = turns ? before : y;
 }
 LSF_INLINE Floats maximum(Floats a, Floats b) { return (Floats)_mm_max_ps((__m128)a, (__m128)b); }
 LSF_INLINE WideWords product(WideWords a, uint32_t m) {
