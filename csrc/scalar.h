@@ -38,6 +38,9 @@ LSF_INLINE float sqrt_rn(float x) { return __fsqrt_rn(x); }
 #else
 LSF_INLINE float sqrt_rn(float x) { return sqrtf(x); }
 #endif
+// The second argument where either is NaN, as on x86.
+LSF_INLINE float minimum(float a, float b) { return a < b ? a : b; }
+LSF_INLINE float maximum(float a, float b) { return a > b ? a : b; }
 // Turns the vector (x, y) by 90 degrees where bit 30 of `turn` is set.
 LSF_INLINE void quarter_turn(uint32_t turn, float& x, float& y) {
   const float before = x;

@@ -1,6 +1,6 @@
 """Fast experiments on the weights of neural networks: stochastic layers, curves, averages."""
 
-import torch  # noqa: F401  (its libraries must be loaded before _C's)
+import torch
 
 from losssurf_fast import ops  # defines the operators that _C attaches kernels to
 from losssurf_fast._library import kernel_for

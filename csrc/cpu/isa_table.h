@@ -1,5 +1,7 @@
 // The kernels of one instruction set, compiled for the target that the including file has set.
-#pragma GCC optimize("schedule-insns", "sched-pressure")
+#pragma GCC optimize("schedule-insns", "sched-pressure")  // interleaves independent work: Step in noise_kernels.h
+#pragma GCC diagnostic ignored "-Wuninitialized"  // in GCC's own AVX-512 headers
+#include "lrt_kernels.h"
 #include "noise_kernels.h"
 
 extern const Kernels LSF_ISA;
@@ -7,4 +9,7 @@ const Kernels LSF_ISA = {
     LSF_ISA_NAME,
     philox_normal,
     philox_words,
+    lrt_sample,
+    lrt_sample_backward,
+    map,
 };

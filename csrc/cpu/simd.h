@@ -43,7 +43,7 @@ LSF_INLINE Floats fused_mul_add(Floats a, Floats b, Floats c) {
   return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 }
 LSF_INLINE Floats sqrt_rn(Floats x) { return (Floats)_mm512_sqrt_ps((__m512)x); }
-LSF_INLINE Floats to_float(Words x) { return (Floats)_mm512_cvtepu32_ps((__m512i)x); }
+LSF_INLINE Floats to_float(Words x) { return __builtin_convertvector(x, Floats); }
 LSF_INLINE void quarter_turn(Words turn, Floats& x, Floats& y) {
   const __mmask16 turns = _mm512_test_epi32_mask((__m512i)turn, _mm512_set1_epi32(1 << 30));
   const __m512 before = (__m512)x;
@@ -55,6 +55,7 @@ LSF_INLINE void split_exponent(Floats u, Floats& mantissa, Floats& exponent) {
   exponent = (Floats)_mm512_getexp_ps((__m512)float_of(bits_of(u) + 0x00400000u));  // 3/2 carries into it
 }
 LSF_INLINE Floats maximum(Floats a, Floats b) { return (Floats)_mm512_max_ps((__m512)a, (__m512)b); }
+LSF_INLINE Floats minimum(Floats a, Floats b) { return (Floats)_mm512_min_ps((__m512)a, (__m512)b); }
 LSF_INLINE WideWords product(WideWords a, uint32_t m) {
   return (WideWords)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(m));
 }
@@ -84,6 +85,7 @@ LSF_INLINE void quarter_turn(Words turn, Floats& x, Floats& y) {
   y = (Floats)_mm256_blendv_ps((__m256)y, (__m256)before, sign);
 }
 LSF_INLINE Floats maximum(Floats a, Floats b) { return (Floats)_mm256_max_ps((__m256)a, (__m256)b); }
+LSF_INLINE Floats minimum(Floats a, Floats b) { return (Floats)_mm256_min_ps((__m256)a, (__m256)b); }
 LSF_INLINE WideWords product(WideWords a, uint32_t m) {
   return (WideWords)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(m));
 }
@@ -109,6 +111,7 @@ LSF_INLINE Floats to_float(Words x) {
   for (int i = 0; i < kLanes; ++i) y[i] = to_float(x[i]);
   return y;
 }
+LSF_INLINE Floats minimum(Floats a, Floats b) { return (Floats)_mm_min_ps((__m128)a, (__m128)b); }
 LSF_INLINE void quarter_turn(Words turn, Floats& x, Floats& y) {
   const Ints turns = reinterpret_cast<Ints>(turn << 1) < 0;
   const Floats before = x;

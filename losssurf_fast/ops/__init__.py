@@ -1,5 +1,6 @@
 """Operators: one file per family holds the contract, kernels attach by the dispatcher."""
 
+from losssurf_fast.ops.lrt import lrt_linear, lrt_sample
 from losssurf_fast.ops.noise import philox_normal
 
-__all__ = ["philox_normal"]
+__all__ = ["lrt_linear", "lrt_sample", "philox_normal"]

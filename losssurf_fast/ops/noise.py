@@ -18,6 +18,7 @@ or memory format, and backward passes draw it again instead of storing it.
 ``row_offset`` and ``col_offset`` let a shard of a batch or of the features draw what the whole tensor would draw.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -154,7 +155,7 @@ def check_stream(name: str, row_offset: int, col_offset: int, sample: int, cols:
             raise ValueError(f"{name}: {argument} must lie in [0, {limit}), got {value}")
     if not isinstance(col_offset, int | torch.SymInt) or isinstance(col_offset, bool):
         raise TypeError(f"{name}: col_offset must be an int, got {type(col_offset).__name__}")
-    if not (0 <= col_offset and col_offset + cols <= MAX_COLUMNS):
+    if not (col_offset >= 0 and col_offset + cols <= MAX_COLUMNS):
         raise ValueError(
             f"{name}: columns col_offset + [0, {cols}) must lie in [0, 2**34), got col_offset {col_offset}"
         )
@@ -217,9 +218,7 @@ def philox_normal(
     if seed is None:
         raise TypeError("philox_normal: seed must be an int or a 0-d int64 tensor, got None")
     cols = sizes[-1] if sizes else 1
-    rows = 1
-    for size in sizes[:-1]:
-        rows *= size
+    rows = math.prod(sizes[:-1])
     check_stream("philox_normal", row_offset, col_offset, sample, cols)
     seed = as_seed("philox_normal", seed, device)
     out = torch.ops.losssurf_fast.philox_normal.default(seed, rows, cols, row_offset, col_offset, sample, dtype)

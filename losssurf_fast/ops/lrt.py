@@ -1,0 +1,389 @@
+"""The local reparameterization trick: noise on a layer's pre-activations instead of on its weights.
+
+Kingma, Salimans and Welling, "Variational dropout and the local reparameterization trick", NIPS 2015; the five
+parameterizations are those of Neklyudov et al., "Variance networks", ICLR 2019. With weights w_ij ~ N(w, sigma^2)::
+
+    mean = x w^T + b        var = x^2 (sigma^2)^T        y = mean + sqrt(max(var, 0) + 1e-16) eps
+
+    parameterization   sigma^2                scale
+    "layer"            alpha w^2              log_alpha [1]
+    "neuron"           alpha_j w^2            log_alpha [O]
+    "weight"           alpha_ij w^2           log_alpha [O, I]
+    "additive"         sigma_ij^2             log_sigma2 [O, I]
+    "variance"         sigma_ij^2, no mean    log_sigma2 [O, I], weight is None
+
+eps is the noise of ``ops/noise.py``: row = product of the leading sizes, column = output feature.
+
+Letters: M rows of x (the product of its leading sizes), I input features, O output features.
+
+Numerics: GEMM operands have x's dtype (fp32 where x is fp16: squares of fp16 leave its range), everything between the
+GEMMs and the result is fp32. Saved for backward: x, the parameters, the seed and ``var`` [M, O], which for "layer" and
+"neuron" is the variance before alpha, so that d log_alpha = sum dvar var needs no pass over the weights.
+"""
+
+import math
+
+import torch
+from torch.nn import functional as F
+
+from losssurf_fast._library import (
+    composite_backward,
+    composite_needed,
+    define,
+    register_autograd,
+    second_order,
+    without_autocast,
+)
+from losssurf_fast.ops.noise import as_seed, check_stream
+
+PARAMETERIZATIONS = ("layer", "neuron", "weight", "additive", "variance")
+LRT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+EPSILON = 1e-16  # inside the square root
+
+# ---- lrt_sample ----------------------------------------------------------------------------------------------------
+
+
+@without_autocast
+def lrt_sample_reference(mean, var, seed, row_offset=0, col_offset=0, sample=0):
+    """``mean + sqrt(max(var, 0) + 1e-16) eps`` for mean, var ``[M, O]``, in mean's dtype."""
+    wide = torch.promote_types(mean.dtype, torch.float32)
+    rows, cols = mean.shape
+    eps = torch.ops.losssurf_fast.philox_normal.default(seed, rows, cols, row_offset, col_offset, sample, wide)
+    return (mean.to(wide) + torch.sqrt(var.to(wide).clamp(min=0) + EPSILON) * eps).to(mean.dtype)
+
+
+def lrt_sample_backward_reference(grad, var, seed, row_offset=0, col_offset=0, sample=0):
+    """Gradient to var ``[M, O]`` in its dtype: ``grad eps / (2 sqrt(var + 1e-16))``, 0 where var < 0, saturated."""
+    wide = torch.promote_types(var.dtype, torch.float32)
+    rows, cols = var.shape
+    eps = torch.ops.losssurf_fast.philox_normal.default(seed, rows, cols, row_offset, col_offset, sample, wide)
+    v = var.to(wide)
+    grad_var = grad.to(wide) * eps * 0.5 / torch.sqrt(v.clamp(min=0) + EPSILON)
+    limit = torch.finfo(var.dtype).max  # 5e7 |grad eps| at var = 0 must stay finite in fp16
+    return torch.where(v < 0, 0.0, grad_var).clamp(-limit, limit).to(var.dtype)
+
+
+define(
+    "lrt_sample(Tensor mean, Tensor var, Tensor seed, SymInt row_offset=0, SymInt col_offset=0, SymInt sample=0) "
+    "-> Tensor",
+    reference=lrt_sample_reference,
+    fake=lambda mean, var, seed, row_offset=0, col_offset=0, sample=0: mean.new_empty(mean.shape),
+)
+define(
+    "lrt_sample_backward(Tensor grad, Tensor var, Tensor seed, SymInt row_offset=0, SymInt col_offset=0, "
+    "SymInt sample=0) -> Tensor",
+    reference=lrt_sample_backward_reference,
+    fake=lambda grad, var, seed, row_offset=0, col_offset=0, sample=0: var.new_empty(var.shape),
+)
+
+
+def _lrt_sample_setup(ctx, inputs, output):
+    mean, var, seed, *ctx.place = inputs
+    ctx.save_for_backward(mean, var, seed)
+
+
+def _lrt_sample_autograd(ctx, grad):
+    mean, var, seed = ctx.saved_tensors
+    if torch.is_grad_enabled():  # double backward
+        needed = ctx.needs_input_grad[:2]
+        formula = lambda mean, var: lrt_sample_reference(mean, var, seed, *ctx.place)
+        grads = composite_backward(formula, (mean, var), grad, needed)
+        return (*grads, None, None, None, None)
+    grad_var = None
+    if ctx.needs_input_grad[1]:
+        grad_var = torch.ops.losssurf_fast.lrt_sample_backward.default(grad, var, seed, *ctx.place)
+    return grad, grad_var, None, None, None, None
+
+
+register_autograd("lrt_sample", _lrt_sample_autograd, _lrt_sample_setup)
+
+
+def lrt_sample(
+    mean: torch.Tensor,
+    var: torch.Tensor,
+    seed: int | torch.Tensor | None = None,
+    *,
+    spatial_dims: int = 0,
+    row_offset: int = 0,
+    col_offset: int = 0,
+    sample: int = 0,
+) -> torch.Tensor:
+    """Draw from N(mean, var) elementwise, differentiably in both: ``mean + sqrt(max(var, 0) + 1e-16) eps``.
+
+    Args:
+        mean: ``[..., O]`` in float64, float32, bfloat16 or float16; the result has its shape and dtype.
+        var: broadcastable to mean; mean's dtype, or float32 beside a half-precision mean. Negative values count as 0.
+        seed: int or 0-d int64 tensor; drawn from the default generator if None.
+        spatial_dims: how many trailing sizes are flattened into noise columns, as for a convolution's output
+            ``[N, C, *spatial]``; 0 and 1 both mean the last size alone.
+        row_offset, col_offset, sample: position of the noise, see ``ops/noise.py``.
+
+    Raises:
+        TypeError, ValueError: dtypes, shapes, seed or offsets are not as above.
+    """
+    name = "lrt_sample"
+    if not isinstance(mean, torch.Tensor):
+        raise TypeError(f"{name}: mean must be a tensor, got {type(mean).__name__}")
+    if mean.dtype not in LRT_DTYPES:
+        raise TypeError(f"{name}: mean must have one of the dtypes {LRT_DTYPES}, got {mean.dtype}")
+    _check_companion(name, "var", var, "mean", mean)
+    try:
+        var = var.expand_as(mean)
+    except RuntimeError:
+        raise ValueError(
+            f"{name}: var must broadcast to mean's shape {tuple(mean.shape)}, got {tuple(var.shape)}"
+        ) from None
+    if not 0 <= spatial_dims <= mean.dim():
+        raise ValueError(f"{name}: spatial_dims must lie in [0, {mean.dim()}], got {spatial_dims}")
+    leading = mean.dim() - max(spatial_dims, min(1, mean.dim()))
+    rows, cols = math.prod(mean.shape[:leading]), math.prod(mean.shape[leading:])
+    check_stream(name, row_offset, col_offset, sample, cols)
+    seed = as_seed(name, seed, mean.device)
+    formula = lrt_sample_reference if composite_needed() else torch.ops.losssurf_fast.lrt_sample.default
+    y = formula(mean.reshape(rows, cols), var.reshape(rows, cols), seed, row_offset, col_offset, sample)
+    return y.view(mean.shape)
+
+
+def _check_companion(name: str, argument: str, tensor, main_name: str, main: torch.Tensor) -> None:
+    """``tensor`` must be a tensor on ``main``'s device, in its dtype or in float32 beside a half-precision one."""
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name}: {argument} must be a tensor, got {type(tensor).__name__}")
+    if tensor.device != main.device:
+        raise ValueError(f"{name}: {argument} must be on {main_name}'s device {main.device}, got {tensor.device}")
+    half = main.dtype in (torch.bfloat16, torch.float16)
+    if tensor.dtype != main.dtype and not (half and tensor.dtype == torch.float32):
+        wanted = f"{main.dtype} or torch.float32" if half else f"{main.dtype}"
+        raise TypeError(f"{name}: {argument} must be {wanted} beside {main_name} in {main.dtype}, got {tensor.dtype}")
+
+
+# ---- lrt_linear ----------------------------------------------------------------------------------------------------
+
+
+def operand_dtype(dtype: torch.dtype) -> torch.dtype:
+    """dtype of the GEMM operands for activations of ``dtype``."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def _variance_operand(weight, scale, parameterization, wide):
+    """sigma^2 ``[O, I]`` in ``wide``, without alpha for "layer" and "neuron"."""
+    if parameterization in ("layer", "neuron"):
+        return weight.to(wide).square()
+    if parameterization == "weight":
+        return scale.to(wide).exp() * weight.to(wide).square()
+    return scale.to(wide).exp()
+
+
+@without_autocast
+def lrt_linear_reference(
+    x, weight, scale, bias, seed, parameterization, row_offset=0, col_offset=0, sample=0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(y, var), both ``[M, O]``, for x ``[M, I]``: the formulas of the module's docstring in plain torch."""
+    operand, wide = operand_dtype(x.dtype), torch.promote_types(x.dtype, torch.float32)
+    a = x.to(operand)
+    var = F.linear(a.square(), _variance_operand(weight, scale, parameterization, wide).to(operand))
+    if weight is not None and parameterization != "variance":
+        mean = F.linear(a, weight.to(operand)).to(wide)
+    else:
+        mean = var.new_zeros(var.shape, dtype=wide)
+    if bias is not None:
+        mean = mean + bias.to(wide)
+    alpha = scale.to(wide).exp() if parameterization in ("layer", "neuron") else 1.0
+    y = lrt_sample_reference(mean, var.to(wide) * alpha, seed, row_offset, col_offset, sample)
+    return y.to(x.dtype), var
+
+
+def lrt_linear_backward_reference(
+    grad,
+    x,
+    weight,
+    scale,
+    has_bias,
+    var,
+    seed,
+    parameterization,
+    needed,
+    row_offset=0,
+    col_offset=0,
+    sample=0,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients to x, weight, scale and bias; empty tensors of shape (0,) where not ``needed``."""
+    operand, wide = operand_dtype(x.dtype), torch.promote_types(x.dtype, torch.float32)
+    output_alpha = parameterization in ("layer", "neuron")
+    alpha = scale.to(wide).exp() if output_alpha else 1.0
+    v = var.to(wide)
+    # Gradient to var as it is saved: before alpha for "layer" and "neuron".
+    dvar = lrt_sample_backward_reference(grad.to(wide), v * alpha, seed, row_offset, col_offset, sample) * alpha
+    sigma2 = _variance_operand(weight, scale, parameterization, wide)
+    a, g, h = x.to(operand), grad.to(operand), dvar.to(operand)
+    none = x.new_empty(0)
+    grad_x = grad_weight = grad_scale = grad_bias = none
+    if needed[0]:
+        grad_x = 2 * x.to(wide) * (h @ sigma2.to(operand)).to(wide)
+        if parameterization != "variance":
+            grad_x = grad_x + (g @ weight.to(operand)).to(wide)
+        grad_x = grad_x.to(x.dtype)
+    if needed[1] or (needed[2] and not output_alpha):
+        dsigma2 = (h.t() @ a.square()).to(wide)
+    if needed[1]:
+        gain = scale.to(wide).exp() if parameterization == "weight" else 1.0
+        grad_weight = (g.t() @ a).to(wide)
+        if parameterization != "additive":
+            grad_weight = grad_weight + 2 * weight.to(wide) * gain * dsigma2
+        grad_weight = grad_weight.to(weight.dtype)
+    if needed[2]:
+        products = dvar * v if output_alpha else dsigma2 * sigma2
+        grad_scale = products.sum() if parameterization == "layer" else products
+        grad_scale = (products.sum(0) if parameterization == "neuron" else grad_scale).to(scale.dtype)
+        grad_scale = grad_scale.reshape(scale.shape)
+    if needed[3] and has_bias:
+        grad_bias = grad.to(wide).sum(0)
+    return grad_x, grad_weight, grad_scale, grad_bias
+
+
+def _lrt_linear_fake(x, weight, scale, bias, seed, parameterization, row_offset=0, col_offset=0, sample=0):
+    out_features = scale.shape[0] if weight is None else weight.shape[0]
+    y = x.new_empty((x.shape[0], out_features))
+    return y, torch.empty_like(y, dtype=operand_dtype(x.dtype))
+
+
+def _lrt_linear_backward_fake(
+    grad,
+    x,
+    weight,
+    scale,
+    has_bias,
+    var,
+    seed,
+    parameterization,
+    needed,
+    row_offset=0,
+    col_offset=0,
+    sample=0,
+):
+    none = x.new_empty(0)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return (
+        x.new_empty(x.shape) if needed[0] else none,
+        weight.new_empty(weight.shape) if needed[1] else none,
+        scale.new_empty(scale.shape) if needed[2] else none,
+        grad.new_empty(grad.shape[1], dtype=wide) if needed[3] and has_bias else none,
+    )
+
+
+define(
+    "lrt_linear(Tensor x, Tensor? weight, Tensor scale, Tensor? bias, Tensor seed, str parameterization, "
+    "SymInt row_offset=0, SymInt col_offset=0, SymInt sample=0) -> (Tensor, Tensor)",
+    reference=lrt_linear_reference,
+    fake=_lrt_linear_fake,
+)
+define(
+    "lrt_linear_backward(Tensor grad, Tensor x, Tensor? weight, Tensor scale, bool has_bias, Tensor var, Tensor seed, "
+    "str parameterization, bool[4] needed, SymInt row_offset=0, SymInt col_offset=0, SymInt sample=0) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    reference=lrt_linear_backward_reference,
+    fake=_lrt_linear_backward_fake,
+)
+
+
+# The autograd formula of lrt_linear is csrc/lrt_autograd.cpp; it calls lrt_linear_backward, whose own formula follows.
+
+
+def _lrt_linear_backward_setup(ctx, inputs, output):
+    grad, x, weight, scale, ctx.has_bias, _, seed, ctx.parameterization, ctx.needed, *ctx.place = inputs
+    ctx.save_for_backward(grad, x, weight, scale, seed)
+
+
+def _lrt_linear_backward_autograd(ctx, *outgoing):
+    grad, x, weight, scale, seed = ctx.saved_tensors
+
+    def formula(x, weight, scale, bias):
+        return lrt_linear_reference(x, weight, scale, bias, seed, ctx.parameterization, *ctx.place)[0]
+
+    bias = grad.new_zeros(grad.shape[1]) if ctx.has_bias else None
+    inputs = (x, weight, scale, bias)
+    grads = second_order(formula, inputs, grad, [g if n else None for g, n in zip(outgoing, ctx.needed, strict=True)])
+    return (*grads[:4], *[None] * 8)
+
+
+register_autograd("lrt_linear_backward", _lrt_linear_backward_autograd, _lrt_linear_backward_setup)
+
+
+def _check_lrt_linear(x, weight, scale, bias, parameterization) -> None:
+    name = "lrt_linear"
+    if parameterization not in PARAMETERIZATIONS:
+        raise ValueError(f"{name}: parameterization must be one of {PARAMETERIZATIONS}, got {parameterization!r}")
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{name}: x must be a tensor, got {type(x).__name__}")
+    if x.dtype not in LRT_DTYPES:
+        raise TypeError(f"{name}: x must have one of the dtypes {LRT_DTYPES}, got {x.dtype}")
+    if x.dim() == 0:
+        raise ValueError(f"{name}: x must be [..., in_features], got a 0-d tensor")
+    if (weight is None) != (parameterization == "variance"):
+        wanted = "must be None" if weight is not None else "is missing"
+        raise ValueError(f"{name}: weight {wanted} for parameterization {parameterization!r}")
+    _check_companion(name, "scale", scale, "x", x)
+    matrix, matrix_name = (scale, "scale") if weight is None else (weight, "weight")
+    if weight is not None:
+        _check_companion(name, "weight", weight, "x", x)
+    if matrix.dim() != 2 or matrix.shape[1] != x.shape[-1]:
+        raise ValueError(
+            f"{name}: {matrix_name} must be [out_features, {x.shape[-1]}] for x {tuple(x.shape)}, "
+            f"got {tuple(matrix.shape)}"
+        )
+    out_features = matrix.shape[0]
+    scale_shape = {"layer": (1,), "neuron": (out_features,)}.get(parameterization, tuple(matrix.shape))
+    if tuple(scale.shape) != scale_shape:
+        raise ValueError(
+            f"{name}: scale must be {scale_shape} for parameterization {parameterization!r}, got {tuple(scale.shape)}"
+        )
+    if bias is not None:
+        _check_companion(name, "bias", bias, "x", x)
+        if tuple(bias.shape) != (out_features,):
+            raise ValueError(f"{name}: bias must be ({out_features},), got {tuple(bias.shape)}")
+
+
+def lrt_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    parameterization: str,
+    seed: int | torch.Tensor | None = None,
+    row_offset: int = 0,
+    col_offset: int = 0,
+    sample: int = 0,
+) -> torch.Tensor:
+    """Linear layer with Gaussian weights, sampled by the local reparameterization trick.
+
+    Args:
+        x: ``[..., I]`` in float64, float32, bfloat16 or float16 (under autocast: cast to its dtype).
+        weight: mean of the weights ``[O, I]``; None for the "variance" parameterization.
+        scale: ``log_alpha`` ``[1]`` ("layer"), ``[O]`` ("neuron") or ``[O, I]`` ("weight"), ``log_sigma2`` ``[O, I]``
+            ("additive", "variance").
+        bias: ``[O]`` or None; it has no variance.
+        parameterization: one of the five of the module's docstring.
+        seed: int or 0-d int64 tensor on x's device; drawn from the default generator if None.
+        row_offset, col_offset: place of x's rows in a larger batch and of the outputs among more features, so that a
+            shard draws what the whole would draw.
+        sample: which of the 2^32 draws of this seed.
+
+    Parameters have x's dtype, or float32 beside half-precision activations; gradients have the parameters' dtypes.
+
+    Returns:
+        ``[..., O]`` in x's dtype.
+
+    Raises:
+        TypeError, ValueError: a dtype, device, shape, name, seed or offset is not as above.
+    """
+    device = x.device.type if isinstance(x, torch.Tensor) else "cpu"
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(device))
+    _check_lrt_linear(x, weight, scale, bias, parameterization)
+    out_features = (scale if weight is None else weight).shape[0]
+    check_stream("lrt_linear", row_offset, col_offset, sample, out_features)
+    seed = as_seed("lrt_linear", seed, x.device)
+    formula = lrt_linear_reference if composite_needed() else torch.ops.losssurf_fast.lrt_linear.default
+    rows = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    y, _ = formula(rows, weight, scale, bias, seed, parameterization, row_offset, col_offset, sample)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], out_features)
