@@ -5,7 +5,6 @@ import fnmatch
 import logging
 from collections.abc import Sequence
 
-import torch
 from torch import nn
 
 from losssurf_fast.nn.lrt import LRTLinear, check_parameterization
@@ -160,7 +159,7 @@ def _why_left(module: nn.Module, attention_outputs: set[int]) -> str | None:
         return f"{kind} has a forward of its own"
     if not isinstance(module._parameters.get("weight"), nn.Parameter):
         return f"{kind}: its weight is computed (parametrized, pruned or normalised)"
-    if isinstance(module.weight, torch.distributed.tensor.DTensor):
+    if hasattr(module.weight, "device_mesh"):  # a DTensor, whose import costs what few models need
         return f"{kind} is sharded already; convert the model before sharding it"
     return None
 

@@ -1,5 +1,7 @@
 """The evidence lower bound of a stochastic model: the KL divergence of its weights, and the loss to minimise."""
 
+import functools
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -16,13 +18,14 @@ def kl_divergence(
 ) -> torch.Tensor:
     """KL divergence of the posterior of ``model``'s stochastic weights from their prior: a differentiable scalar.
 
-    One operator call serves the whole model; layers that share their weights count once.
+    One operator call serves all layers with ``log_alpha`` and one all "additive" ones; layers that share their weights
+    count once.
 
     Args:
         model: a module with ``LRTLinear`` layers, or one such layer.
         prior: "log_uniform" (p(w) ~ 1/|w|; up to the constant that makes it 0 for alpha -> infinity), "ard" (a Gaussian
             whose variance is the best one for each weight) or "normal" (N(0, prior_std^2)). Under the first two a
-            "variance" layer contributes exactly 0.
+            "variance" layer contributes exactly 0 (and to the KL from "normal" like any other).
         exact: False takes the three-constant approximation of the log-uniform KL.
         prior_std: standard deviation of the "normal" prior.
 
@@ -43,16 +46,39 @@ def kl_divergence(
         )
     layers = list({id(layer.scale): layer for layer in layers}.values())  # tied ones share their scale
     if prior == "normal":
-        weights = [layer.weight if layer.weight is not None else torch.zeros_like(layer.scale) for layer in layers]
-        return ops.kl_normal(weights, [_log_sigma2(layer) for layer in layers], prior_std)
-    uncertain = [layer for layer in layers if layer.weight is not None]
-    if not uncertain:
-        return layers[0].scale.new_zeros(())
-    log_alphas = [_log_alpha(layer) for layer in uncertain]
-    numels = [layer.weight.numel() for layer in uncertain]
-    if prior == "ard":
-        return ops.kl_ard(log_alphas, numels)
-    return ops.kl_log_uniform(log_alphas, numels, exact=exact)
+        return _normal(layers, prior_std)
+    family = ops.kl_ard if prior == "ard" else functools.partial(ops.kl_log_uniform, exact=exact)
+    additive = [layer for layer in layers if layer.parameterization == "additive"]
+    multiplicative = [layer for layer in layers if layer.scale_name == "log_alpha"]
+    terms = []
+    if additive:
+        terms.append(family([layer.scale for layer in additive], weight=[layer.weight for layer in additive]))
+    if multiplicative:
+        log_alphas, numels = zip(*((layer.scale, layer.weight.numel()) for layer in multiplicative), strict=True)
+        terms.append(family(log_alphas, numels))
+    return sum(terms) if terms else layers[0].scale.new_zeros(())
+
+
+def _normal(layers: list[LRTLinear], prior_std: float) -> torch.Tensor:
+    variance = [layer for layer in layers if layer.weight is None]
+    others = [layer for layer in layers if layer.weight is not None]
+    terms = []
+    if variance:
+        terms.append(ops.kl_normal(None, [layer.scale for layer in variance], prior_std))
+    if others:
+        terms.append(
+            ops.kl_normal([layer.weight for layer in others], [_log_sigma2(layer) for layer in others], prior_std)
+        )
+    return sum(terms)
+
+
+def _log_sigma2(layer: LRTLinear) -> torch.Tensor:
+    """log of the variances ``[O, I]``."""
+    if layer.parameterization == "additive":
+        return layer.scale
+    alpha = layer.scale.unsqueeze(-1) if layer.parameterization == "neuron" else layer.scale
+    weight = layer.weight.to(layer.scale.dtype)
+    return alpha + weight.square().clamp(min=torch.finfo(weight.dtype).tiny).log()
 
 
 class ELBOLoss(nn.Module):
@@ -91,21 +117,3 @@ class ELBOLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return f"num_data={self.num_data}, prior={self.prior!r}"
-
-
-def _log_alpha(layer: LRTLinear) -> torch.Tensor:
-    if layer.parameterization == "additive":
-        return layer.scale - _log_square(layer)
-    return layer.scale
-
-
-def _log_sigma2(layer: LRTLinear) -> torch.Tensor:
-    if layer.parameterization in ("additive", "variance"):
-        return layer.scale
-    alpha = layer.scale.unsqueeze(-1) if layer.parameterization == "neuron" else layer.scale
-    return alpha + _log_square(layer)
-
-
-def _log_square(layer: LRTLinear) -> torch.Tensor:
-    weight = layer.weight.to(layer.scale.dtype)
-    return weight.square().clamp(min=torch.finfo(weight.dtype).tiny).log()

@@ -84,9 +84,7 @@ class LRTLinear(StochasticLayer, nn.Linear):
             if self.bias is not None:
                 bound = 1 / math.sqrt(self.in_features) if self.in_features > 0 else 0.0
                 nn.init.uniform_(self.bias, -bound, bound)
-            self.scale.copy_(
-                initial_scale(weight, self.parameterization, self.init_log_sigma2, self.init_log_alpha)
-            )
+            self.scale.copy_(initial_scale(weight, self.parameterization, self.init_log_sigma2, self.init_log_alpha))
 
     @property
     def scale_name(self) -> str:
