@@ -90,6 +90,10 @@ def environment(threads: int) -> dict[str, str]:
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
         "GOMP_CPU_AFFINITY": " ".join(map(str, cores)),
+        # The allocator keeps freed pages. Otherwise it depends on the heap's layout, that is on luck, which provider
+        # pays page faults, and on virtual machines they cost more than the arithmetic.
+        "MALLOC_MMAP_MAX_": "0",
+        "MALLOC_TRIM_THRESHOLD_": str(2**40),
         "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
     }
 
