@@ -81,6 +81,29 @@ def composite_backward(reference, inputs, grads, needed):
     return tuple(next(found) if need else None for need in needed)
 
 
+def second_order(formula, inputs, grad, outgoing):
+    """Backward of a backward: gradients of ``sum_i <outgoing_i, first_i>`` to ``(grad, *inputs)``.
+
+    ``first`` are the gradients of ``<grad, formula(*inputs)>`` to ``inputs``, some of which may be None. The result
+    is differentiable in turn where gradients are enabled.
+    """
+    keep_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        grad, *inputs = (t if t is None or t.requires_grad else t.detach().requires_grad_() for t in (grad, *inputs))
+        present = [t for t in inputs if t is not None]
+        first = dict(zip(present, torch.autograd.grad(formula(*inputs), present, grad, create_graph=True), strict=True))
+        terms = [(first[t], out) for t, out in zip(inputs, outgoing, strict=True) if t is not None and out is not None]
+        found = torch.autograd.grad(
+            [term for term, _ in terms],
+            [grad, *present],
+            [out for _, out in terms],
+            create_graph=keep_graph,
+            allow_unused=True,
+        )
+    by_input = dict(zip((grad, *present), found, strict=True))
+    return tuple(None if t is None else by_input[t] for t in (grad, *inputs))
+
+
 @contextlib.contextmanager
 def device_guard(tensor: torch.Tensor):
     """Make ``tensor``'s GPU current for a launch; nothing to do elsewhere (the Triton interpreter)."""

@@ -18,9 +18,12 @@ namespace {
 using at::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 
-// Our operators choose their dtypes themselves, also when backward runs under autocast.
-using WithoutAutocast = c10::impl::ExcludeDispatchKeyGuard;
-const c10::DispatchKeySet kAutocast(c10::DispatchKey::AutocastCPU);
+// For the ATen calls inside a kernel: no autograd bookkeeping, and no autocast, since our operators choose their
+// dtypes themselves, also when backward runs under autocast.
+struct KernelScope {
+  at::AutoDispatchBelowADInplaceOrView below_autograd;
+  c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::DispatchKeySet(c10::DispatchKey::AutocastCPU)};
+};
 
 at::ScalarType wide_dtype(const Tensor& t) { return t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
 at::ScalarType operand_dtype(const Tensor& x) { return x.scalar_type() == at::kHalf ? at::kFloat : x.scalar_type(); }
@@ -68,30 +71,36 @@ Tensor square(const Tensor& x, at::ScalarType dtype) {
   return out;
 }
 
-// base + 2 x product, in `dtype`
+// A result's memory: `spent`, which nobody reads afterwards, if it has the dtype. Fresh pages cost more than passes.
+Tensor empty_or(const Tensor& spent, at::ScalarType dtype) {
+  return spent.scalar_type() == dtype ? spent : at::empty(spent.sizes(), spent.options().dtype(dtype));
+}
+
+// base + 2 x product, in `dtype`; takes base's memory where it can.
 Tensor add_product(const Tensor& base, const Tensor& x, const Tensor& product, at::ScalarType dtype) {
   if (x.scalar_type() == at::kDouble) return base + 2 * x * product;
-  Tensor out = base.scalar_type() == dtype ? base : at::empty(base.sizes(), base.options().dtype(dtype));
+  Tensor out = empty_or(base, dtype);
   run_map(Map::add_product, {base, x, product}, {out});
   return out;
 }
 
+// product exp(log_sigma2) in log_sigma2's dtype; takes product's memory where it can.
 Tensor product_exp(const Tensor& product, const Tensor& log_sigma2) {
   if (product.scalar_type() == at::kDouble) return product * log_sigma2.exp();
-  Tensor out = at::empty(log_sigma2.sizes(), log_sigma2.options());
+  Tensor out = empty_or(product, log_sigma2.scalar_type());
   run_map(Map::product_exp, {product, log_sigma2}, {out});
   return out;
 }
 
-// Gradients of the "weight" parameterization to weight and log_alpha.
+// Gradients of the "weight" parameterization to weight and log_alpha, in the memory of base and dsigma2.
 std::tuple<Tensor, Tensor> weight_grads(const Tensor& base, const Tensor& weight, const Tensor& dsigma2,
                                         const Tensor& log_alpha) {
   if (base.scalar_type() == at::kDouble) {
     const Tensor scaled = log_alpha.exp() * weight * dsigma2;
     return {base + 2 * scaled, scaled * weight};
   }
-  Tensor grad_weight = at::empty(weight.sizes(), weight.options());
-  Tensor grad_log_alpha = at::empty(log_alpha.sizes(), log_alpha.options());
+  Tensor grad_weight = empty_or(base, weight.scalar_type());
+  Tensor grad_log_alpha = empty_or(dsigma2, log_alpha.scalar_type());
   run_map(Map::weight_grads, {base, weight, dsigma2, log_alpha}, {grad_weight, grad_log_alpha});
   return {grad_weight, grad_log_alpha};
 }
@@ -197,7 +206,7 @@ std::tuple<Tensor, Tensor> lrt_linear_cpu(const Tensor& x, const MaybeTensor& ma
                                           const MaybeTensor& maybe_bias, const Tensor& seed,
                                           std::string_view parameterization, int64_t row_offset, int64_t col_offset,
                                           int64_t sample) {
-  const WithoutAutocast guard(kAutocast);
+  const KernelScope scope;
   const Kind kind = kind_of(parameterization);
   const auto operand = operand_dtype(x);
   const Tensor a = x.contiguous().to(operand), scale = scale_in.contiguous();
@@ -216,7 +225,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lrt_linear_backward_cpu(
     const Tensor& grad_in, const Tensor& x, const MaybeTensor& maybe_weight, const Tensor& scale_in, bool has_bias,
     const Tensor& var, const Tensor& seed, std::string_view parameterization, std::array<bool, 4> needed,
     int64_t row_offset, int64_t col_offset, int64_t sample) {
-  const WithoutAutocast guard(kAutocast);
+  const KernelScope scope;
   const Kind kind = kind_of(parameterization);
   const auto operand = operand_dtype(x);
   const auto [need_x, need_weight, need_scale, need_bias] = needed;
