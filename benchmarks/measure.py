@@ -287,7 +287,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ]
     bar = tqdm(chosen, desc=f"{arguments.threads} thread(s)", unit="case", file=sys.stderr)
     for family, case in bar:
-        bar.set_postfix_str(f"{case.op} {case.variant} {case.dtype} {'x'.join(map(str, case.shape))} {case.mode}")
+        bar.set_postfix_str(str(case))
         emit({"family": family} | row for row in measure(case, budget, arguments.threads, device))
     return 0
 

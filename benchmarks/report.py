@@ -145,17 +145,16 @@ def sections(rows: Sequence[dict], table) -> str:
             parts.append(table(HEADER, lines))
         failed = [row for row in timed if row["error"]]
         if failed:
-            parts.append("\n".join(f"- failed: {name(row)}: {row['error']}" for row in failed))
+            parts.append(
+                "\n".join(
+                    f"- failed: {catalogue.title(case_key(row))}, {row['provider']}: {row['error']}" for row in failed
+                )
+            )
         saved = saved_lines([row for row in timed if row["threads"] == timed[0]["threads"]], known) if timed else []
         if saved:
             parts.append("Saved for backward, parameters excluded, MiB:")
             parts.append(table(("operator", "shape", "dtype", "eager", "ours", "share", "target"), saved))
     return "\n\n".join(parts) if parts else "No results yet: `python -m benchmarks.run`."
-
-
-def name(row: dict) -> str:
-    shape = "x".join(map(str, row["shape"]))
-    return f"{row['op']} {row['variant']} {shape} {row['dtype']} {row['mode']}, {row['provider']}"
 
 
 def markdown_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

@@ -53,6 +53,14 @@ class Case:
     def key(self) -> tuple:
         return (self.op, self.variant, tuple(self.shape), self.dtype, self.mode)
 
+    def __str__(self) -> str:
+        return title(self.key)
+
+
+def title(key: tuple) -> str:
+    op, variant, shape, dtype, mode = key
+    return " ".join(filter(None, (op, variant, "x".join(map(str, shape)), dtype, mode)))
+
 
 def families(only: Sequence[str] | None = None) -> list[str]:
     """Families whose module is part of the package, in alphabetical order.
