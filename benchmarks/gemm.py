@@ -6,7 +6,8 @@ from collections.abc import Callable
 import torch
 
 
-def mkl(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """What ``a @ b`` runs: MKL for fp32 where torch is built with it, oneDNN for bf16."""
     return torch.mm(a, b)
 
 
@@ -17,9 +18,12 @@ def onednn(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 def fastest_products(operands: list[tuple[torch.Tensor, torch.Tensor]]) -> Callable[[], None]:
     """A closure that computes ``a @ b`` for every pair, each with the backend that is faster for it on this machine."""
     on_cpu = all(a.device.type == "cpu" for a, _ in operands)
-    backends = (mkl, onednn) if on_cpu and torch.backends.mkldnn.is_available() else (mkl,)
-    chosen = [(min(backends, key=lambda f, a=a, b=b: _best_time(f, a, b)) if len(backends) > 1 else mkl, a, b)
-              for a, b in operands]  # fmt: skip
+    backends = (mm, onednn) if on_cpu and torch.backends.mkldnn.is_available() else (mm,)
+
+    def fastest(a, b):
+        return min(backends, key=lambda product: _best_time(product, a, b)) if len(backends) > 1 else mm
+
+    chosen = [(fastest(a, b), a, b) for a, b in operands]
 
     def products():
         for backend, a, b in chosen:

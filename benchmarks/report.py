@@ -8,6 +8,7 @@ the same rounds.
 
 import argparse
 import json
+import math
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
@@ -197,11 +198,10 @@ def with_section(text: str, section: str) -> str:
 
 
 def pictures(rows: Sequence[dict], folder: Path) -> list[Path]:
-    """One SVG per device and family: time against size of the 1-thread (or GPU) cases, with the floor."""
+    """One SVG per device and family: time against size at one thread (or on the GPU), with the floor."""
     import matplotlib
 
     matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "losssurf_fast"  # the same file from the same rows
     from matplotlib import pyplot
 
     from benchmarks.run import slug
@@ -213,28 +213,27 @@ def pictures(rows: Sequence[dict], folder: Path) -> list[Path]:
         series = {key: rows for key, rows in series.items() if len({tuple(row["shape"]) for row in rows}) > 1}
         if not series:
             continue
-        figure, axes = pyplot.subplots(1, len(series), figsize=(4.2 * len(series), 3.6), squeeze=False)
-        for axis, (key, members) in zip(axes[0], series.items(), strict=True):
-            for provider, points in grouped(members, lambda row: row["provider"]).items():
-                points = sorted((size(row), row["median_ms"]) for row in points)
-                style = {"color": "black", "linestyle": ":"} if provider == "floor" else {"marker": "o"}
-                axis.loglog(*zip(*points, strict=True), label=provider, **style)
-            axis.set(title=" ".join(filter(None, (*key[:3], MODE[key[3]]))), xlabel="product of sizes", ylabel="ms")
-            axis.legend(fontsize=8)
-        figure.suptitle(device, fontsize=9)
-        figure.tight_layout()
-        path = folder / f"{slug(device)}-{family}.svg"
-        figure.savefig(path, metadata={"Date": None})
-        pyplot.close(figure)
+        # Text stays text, and the same rows give the same file.
+        with matplotlib.rc_context({"svg.hashsalt": "losssurf_fast", "svg.fonttype": "none"}):
+            figure, axes = pyplot.subplots(1, len(series), figsize=(4.2 * len(series), 3.6), squeeze=False)
+            for axis, (key, members) in zip(axes[0], series.items(), strict=True):
+                draw(axis, key, members)
+            figure.suptitle(device, fontsize=9)
+            figure.tight_layout()
+            path = folder / f"{slug(device)}-{family}.svg"
+            figure.savefig(path, metadata={"Date": None})
+            pyplot.close(figure)
         written.append(path)
     return written
 
 
-def size(row: dict) -> int:
-    product = 1
-    for length in row["shape"]:
-        product *= length
-    return product
+def draw(axis, key: tuple, rows: Sequence[dict]) -> None:
+    for provider, points in grouped(rows, lambda row: row["provider"]).items():
+        points = sorted((math.prod(row["shape"]), row["median_ms"]) for row in points)
+        style = {"color": "black", "linestyle": ":"} if provider == "floor" else {"marker": "o"}
+        axis.loglog(*zip(*points, strict=True), label=provider, **style)
+    axis.set(title=" ".join(filter(None, (*key[:3], MODE[key[3]]))), xlabel="product of sizes", ylabel="ms")
+    axis.legend(fontsize=8)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -188,7 +188,7 @@ ROWS = [
     result("ours", 0.5),
     result("floor", 0.1),
     result("copy", 1.0, family="machine", op="machine", gbps=13.2),
-    result("gemm mkl", 1.0, family="machine", op="machine", gflops=190.4),
+    result("gemm mm", 1.0, family="machine", op="machine", gflops=190.4),
 ]
 
 
@@ -196,7 +196,7 @@ def test_report_of_fixed_rows():
     assert report.markdown(ROWS).splitlines() == [
         "Some CPU, avx512, 2 cores; torch 2.13.0; commit 012345678; 2026-05-01. Times in ms.",
         "",
-        "**1 thread, CPU time.** Memory copy 13 GB/s; GEMM mkl fp32 190 GFLOP/s.",
+        "**1 thread, CPU time.** Memory copy 13 GB/s; GEMM mm fp32 190 GFLOP/s.",
         "",
         "| operator | shape | dtype | mode | eager | compiled | torch | ours | speedup | target | floor |",
         "| --- | --- | --- | --- | --: | --: | --: | --: | --: | --: | --: |",
