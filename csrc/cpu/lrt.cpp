@@ -1,6 +1,5 @@
 // CPU kernels of the lrt family: ops/lrt.py has the contract. Library GEMMs, and one fused pass at each end.
 #include <ATen/ATen.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
 
@@ -10,6 +9,7 @@
 #include <string_view>
 #include <tuple>
 
+#include "gemm.h"
 #include "tiles.h"
 
 namespace losssurf {
@@ -27,24 +27,6 @@ struct KernelScope {
 
 at::ScalarType wide_dtype(const Tensor& t) { return t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
 at::ScalarType operand_dtype(const Tensor& x) { return x.scalar_type() == at::kHalf ? at::kFloat : x.scalar_type(); }
-
-// ---- GEMM -----------------------------------------------------------------------------------------
-
-// On AMD, MKL takes its AVX2 path and oneDNN is twice as fast in fp32; elsewhere MKL is level or ahead, and
-// for small products oneDNN's fixed cost of about 10 us decides. oneDNN is reached through a private operator
-// of torch, so its absence is no error.
-Tensor gemm(const Tensor& a, const Tensor& b) {
-  using Linear = Tensor(const Tensor&, const Tensor&, const MaybeTensor&, std::string_view,
-                        c10::List<std::optional<at::Scalar>>, std::optional<std::string_view>);
-  static const auto onednn = [] {
-    return c10::Dispatcher::singleton().findSchema({"mkldnn::_linear_pointwise", ""});
-  }();
-  static const bool amd = __builtin_cpu_is("amd");
-  constexpr int64_t kWorthOneDNN = 1 << 22;  // multiply-adds
-  if (amd && onednn && a.scalar_type() == at::kFloat && a.size(0) * a.size(1) * b.size(1) >= kWorthOneDNN)
-    return onednn->typed<Linear>().call(a, b.t(), std::nullopt, "none", c10::List<std::optional<at::Scalar>>(), "");
-  return at::mm(a, b);
-}
 
 // ---- elementwise passes ------------------------------------------------------------------------------
 
@@ -64,9 +46,10 @@ void run_map(Map op, std::initializer_list<Tensor> in, std::initializer_list<Ten
   });
 }
 
-Tensor square(const Tensor& x, at::ScalarType dtype) {
+// x^2 as GEMM operand
+Tensor square(const Tensor& x, at::ScalarType dtype, Scratch& scratch) {
   if (x.scalar_type() == at::kDouble) return x * x;
-  Tensor out = at::empty(x.sizes(), x.options().dtype(dtype));
+  Tensor out = scratch.empty(x.sizes(), x.options().dtype(dtype));
   run_map(Map::square, {x}, {out});
   return out;
 }
@@ -119,10 +102,10 @@ Kind kind_of(std::string_view name) {
 bool alpha_in_output_space(Kind kind) { return kind == Kind::layer || kind == Kind::neuron; }
 
 // sigma^2 [O, I] as GEMM operand; without alpha for "layer" and "neuron".
-Tensor variance_operand(Kind kind, const Tensor& weight, const Tensor& scale, at::ScalarType dtype) {
-  if (alpha_in_output_space(kind)) return square(weight, dtype);
+Tensor variance_operand(Kind kind, const Tensor& weight, const Tensor& scale, at::ScalarType dtype, Scratch& scratch) {
+  if (alpha_in_output_space(kind)) return square(weight, dtype, scratch);
   if (scale.scalar_type() == at::kDouble) return kind == Kind::weight ? scale.exp() * weight * weight : scale.exp();
-  Tensor out = at::empty(scale.sizes(), scale.options().dtype(dtype));
+  Tensor out = scratch.empty(scale.sizes(), scale.options().dtype(dtype));
   if (kind == Kind::weight) run_map(Map::exp_square, {scale, weight}, {out});
   else run_map(Map::exp, {scale}, {out});
   return out;
@@ -165,7 +148,7 @@ struct VarianceGradient {
 };
 
 VarianceGradient sample_backward(NoiseStream stream, const Tensor& grad, const Tensor& alpha, const Tensor& var,
-                                 at::ScalarType dtype, bool want_bias, bool want_alpha) {
+                                 at::ScalarType dtype, bool want_bias, bool want_alpha, Scratch* scratch) {
   const int64_t rows = var.size(0), cols = var.size(1);
   VarianceGradient result;
   if (var.scalar_type() == at::kDouble) {
@@ -183,7 +166,8 @@ VarianceGradient sample_backward(NoiseStream stream, const Tensor& grad, const T
   const auto options = var.options().dtype(at::kFloat);
   const Tensor bias_sums = want_bias ? at::zeros({slabs, cols}, options) : Tensor();
   const Tensor alpha_sums = want_alpha ? at::zeros({slabs, cols}, options) : Tensor();
-  result.var = at::empty(var.sizes(), var.options().dtype(dtype));
+  result.var = scratch ? scratch->empty(var.sizes(), var.options().dtype(dtype))
+                       : at::empty(var.sizes(), var.options().dtype(dtype));
   const Matrix g = matrix_of(grad, cols), v = matrix_of(var, cols), out = matrix_of(result.var, cols);
   const auto kernel = kernels().lrt_sample_backward;
   at::parallel_for(0, slabs * strips, 1, [&](int64_t begin, int64_t end) {
@@ -209,11 +193,12 @@ std::tuple<Tensor, Tensor> lrt_linear_cpu(const Tensor& x, const MaybeTensor& ma
   const KernelScope scope;
   const Kind kind = kind_of(parameterization);
   const auto operand = operand_dtype(x);
-  const Tensor a = x.contiguous().to(operand), scale = scale_in.contiguous();
+  Scratch scratch;
+  const Tensor a = scratch.cast(x, operand), scale = scale_in.contiguous();
   const Tensor weight = kind == Kind::variance ? Tensor() : maybe_weight->contiguous();
   const Tensor bias = maybe_bias ? maybe_bias->to(wide_dtype(x)).contiguous() : Tensor();
-  const Tensor var = gemm(square(a, operand), variance_operand(kind, weight, scale, operand).t());
-  const Tensor mean = weight.defined() ? gemm(a, weight.to(operand).t()) : Tensor();
+  const Tensor var = gemm(square(a, operand, scratch), variance_operand(kind, weight, scale, operand, scratch).t());
+  const Tensor mean = weight.defined() ? gemm(a, scratch.cast(weight, operand).t()) : Tensor();
   const bool in_place = mean.defined() && mean.scalar_type() == x.scalar_type();
   const Tensor y = in_place ? mean : at::empty(var.sizes(), x.options());
   const NoiseStream stream = noise_stream(seed, row_offset, col_offset, sample);
@@ -230,21 +215,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lrt_linear_backward_cpu(
   const auto operand = operand_dtype(x);
   const auto [need_x, need_weight, need_scale, need_bias] = needed;
   const bool outer_alpha = alpha_in_output_space(kind);
-  const Tensor a = x.contiguous().to(operand), scale = scale_in.contiguous();
+  Scratch scratch;
+  const Tensor a = scratch.cast(x, operand), scale = scale_in.contiguous();
   const Tensor weight = kind == Kind::variance ? Tensor() : maybe_weight->contiguous();
   const Tensor grad = grad_in.contiguous();
   const NoiseStream stream = noise_stream(seed, row_offset, col_offset, sample);
   const VarianceGradient dvar = sample_backward(stream, grad, output_alpha(kind, scale), var.contiguous(), operand,
-                                                need_bias && has_bias, need_scale && outer_alpha);
-  const Tensor g = grad.to(operand), none = at::empty({0}, x.options());
+                                                need_bias && has_bias, need_scale && outer_alpha, &scratch);
+  const Tensor g = scratch.cast(grad, operand), none = at::empty({0}, x.options());
   Tensor grad_x = none, grad_weight = none, grad_scale = none;
   if (need_x) {
-    const Tensor through_var = gemm(dvar.var, variance_operand(kind, weight, scale, operand));
-    const Tensor through_mean = weight.defined() ? gemm(g, weight.to(operand)) : at::zeros_like(through_var);
+    const Tensor through_var = gemm(dvar.var, variance_operand(kind, weight, scale, operand, scratch), &scratch);
+    const Tensor through_mean =
+        weight.defined() ? gemm(g, scratch.cast(weight, operand)) : at::zeros_like(through_var);
     grad_x = add_product(through_mean, a, through_var, x.scalar_type());
   }
   const bool need_sigma2 = (need_weight && kind != Kind::additive) || (need_scale && !outer_alpha);
-  const Tensor dsigma2 = need_sigma2 ? gemm(dvar.var.t(), square(a, operand)) : Tensor();
+  const Tensor dsigma2 = need_sigma2 ? gemm(dvar.var.t(), square(a, operand, scratch)) : Tensor();
   if (need_weight || (need_scale && kind == Kind::weight)) {
     grad_weight = gemm(g.t(), a);
     if (kind == Kind::weight) std::tie(grad_weight, grad_scale) = weight_grads(grad_weight, weight, dsigma2, scale);
@@ -272,7 +259,7 @@ Tensor lrt_sample_cpu(const Tensor& mean, const Tensor& var, const Tensor& seed,
 Tensor lrt_sample_backward_cpu(const Tensor& grad, const Tensor& var, const Tensor& seed, int64_t row_offset,
                                int64_t col_offset, int64_t sample) {
   const NoiseStream stream = noise_stream(seed, row_offset, col_offset, sample);
-  return sample_backward(stream, grad.contiguous(), Tensor(), var.contiguous(), var.scalar_type(), false, false).var;
+  return sample_backward(stream, grad.contiguous(), Tensor(), var.contiguous(), var.scalar_type(), false, false, nullptr).var;
 }
 
 }  // namespace

@@ -86,7 +86,7 @@ def _lrt_sample_autograd(ctx, grad):
     mean, var, seed = ctx.saved_tensors
     if torch.is_grad_enabled():  # double backward
         needed = ctx.needs_input_grad[:2]
-        formula = lambda mean, var: lrt_sample_reference(mean, var, seed, *ctx.place)  # noqa: E731
+        formula = lambda mean, var: lrt_sample_reference(mean, var, seed, *ctx.place)
         grads = composite_backward(formula, (mean, var), grad, needed)
         return (*grads, None, None, None, None)
     grad_var = None
@@ -122,6 +122,8 @@ def lrt_sample(
         TypeError, ValueError: dtypes, shapes, seed or offsets are not as above.
     """
     name = "lrt_sample"
+    if not isinstance(mean, torch.Tensor):
+        raise TypeError(f"{name}: mean must be a tensor, got {type(mean).__name__}")
     if mean.dtype not in LRT_DTYPES:
         raise TypeError(f"{name}: mean must have one of the dtypes {LRT_DTYPES}, got {mean.dtype}")
     _check_companion(name, "var", var, "mean", mean)
