@@ -162,11 +162,11 @@ def time_gpu(steps: dict[str, Step], budget: Budget) -> dict[str, list[float]]:
     for name, step in steps.items():
         if step.mode == "backward":
             output = step.output()
-            call = lambda step=step, output=output: torch.autograd.grad(  # noqa: E731
+            call = lambda step=step, output=output: torch.autograd.grad(
                 output, step.wanted, step.grad, retain_graph=True
             )
         else:
-            call = lambda step=step: step.sample(time.perf_counter, 1)  # noqa: E731
+            call = lambda step=step: step.sample(time.perf_counter, 1)
         times[name] = [ms / 1e3 for ms in do_bench(call, rep=1e3 * budget.seconds / len(steps), return_mode="all")]
     rounds = min(map(len, times.values()))
     return {name: values[:rounds] for name, values in times.items()}
@@ -245,7 +245,7 @@ def measure_machine(budget: Budget, threads: int, device: torch.device) -> list[
         a = torch.randn(m, k, device=device).to(catalogue.dtype_of(dtype))
         b = torch.randn(n, k, device=device).to(a.dtype)
         for product in (mm, onednn) if device.type == "cpu" else (mm,):
-            call = lambda product=product, a=a, b=b: product(a, b.t())  # noqa: E731
+            call = lambda product=product, a=a, b=b: product(a, b.t())
             traffic = a.element_size() * (m * k + n * k + m * n)
             work[f"gemm {product.__name__}", dtype] = (call, (m, n, k), traffic, 2 * m * n * k)
     steps = {key: Step(call, (), "forward") for key, (call, *_) in work.items()}

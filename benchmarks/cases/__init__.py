@@ -45,7 +45,7 @@ class Case:
     flops: int
     variant: str = ""
     dtype: str = "fp32"
-    targets: dict[int, float] = field(default_factory=dict, compare=False)  # threads -> speedup over the best baseline
+    targets: dict[int, float] = field(default_factory=dict, compare=False)  # threads -> speedup over eager
     saved_target: float | None = None  # bytes saved for backward, as a share of eager's
     headline: bool = False  # --quick measures only these
 
