@@ -9,6 +9,7 @@ reach, measured in the same rounds.
 import argparse
 import json
 import math
+import re
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
@@ -178,7 +179,8 @@ def plain_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 
 def markdown(rows: Sequence[dict]) -> str:
-    return sections(rows, markdown_table)
+    images = [f"![{Path(file).stem}](benchmarks/results/{file})" for file in drawable(rows)]
+    return "\n\n".join([sections(rows, markdown_table), *images])
 
 
 def terminal(rows: Sequence[dict]) -> str:
@@ -208,15 +210,8 @@ def pictures(rows: Sequence[dict], folder: Path) -> list[Path]:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    from benchmarks.run import slug
-
     written = []
-    timed = [row for row in rows if row["threads"] == 1 and row["family"] != "machine" and not row["error"]]
-    for (device, family), group in grouped(timed, lambda row: (row["device"], row["family"])).items():
-        series = grouped(group, lambda row: (row["op"], row["variant"], row["dtype"], row["mode"]))
-        series = {key: rows for key, rows in series.items() if len({tuple(row["shape"]) for row in rows}) > 1}
-        if not series:
-            continue
+    for file, (device, series) in drawable(rows).items():
         # Text stays text, and the same rows give the same file.
         with matplotlib.rc_context({"svg.hashsalt": "losssurf_fast", "svg.fonttype": "none"}):
             figure, axes = pyplot.subplots(1, len(series), figsize=(4.2 * len(series), 3.6), squeeze=False)
@@ -224,11 +219,27 @@ def pictures(rows: Sequence[dict], folder: Path) -> list[Path]:
                 draw(axis, key, members)
             figure.suptitle(device, fontsize=9)
             figure.tight_layout()
-            path = folder / f"{slug(device)}-{family}.svg"
-            figure.savefig(path, metadata={"Date": None})
+            figure.savefig(folder / file, metadata={"Date": None})
             pyplot.close(figure)
-        written.append(path)
+        written.append(folder / file)
     return written
+
+
+def drawable(rows: Sequence[dict]) -> dict[str, tuple[str, dict]]:
+    """File name -> (device, series): what was measured at more than one size."""
+    found = {}
+    timed = [row for row in rows if row["threads"] == 1 and row["family"] != "machine" and not row["error"]]
+    for (device, family), group in grouped(timed, lambda row: (row["device"], row["family"])).items():
+        series = grouped(group, lambda row: (row["op"], row["variant"], row["dtype"], row["mode"]))
+        series = {key: rows for key, rows in series.items() if len({tuple(row["shape"]) for row in rows}) > 1}
+        if series:
+            found[f"{slug(device)}-{family}.svg"] = device, series
+    return found
+
+
+def slug(device: str) -> str:
+    """A device's name as part of a file's."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
 def draw(axis, key: tuple, rows: Sequence[dict]) -> None:

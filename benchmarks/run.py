@@ -20,7 +20,6 @@ from benchmarks import cases, report
 from benchmarks.measure import empty_figures
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
 # A run writes these itself, they do not make its figures unclean.
 WRITTEN_BY_BENCHMARKS = ("benchmarks/results", "README.md")
 
@@ -46,10 +45,6 @@ def describe_device(device: str) -> str:
 
     cores = len(os.sched_getaffinity(0))
     return f"{cpu_model()}, {_C.instruction_set()}, {cores} core{'s' if cores > 1 else ''}"
-
-
-def slug(device: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
 def _version(package: str) -> str | None:
@@ -170,12 +165,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif green:
             rows += measure(green, threads, budget, arguments.device)
     rows = [row | shared for row in rows]
-    out = arguments.out or (None if arguments.dry else RESULTS / f"{slug(shared['device'])}.jsonl")
+    out = arguments.out or (None if arguments.dry else report.RESULTS / f"{report.slug(shared['device'])}.jsonl")
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
         with out.open("a") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
         print(f"{len(rows)} rows appended to {out}", file=sys.stderr)
+        if shared["dirty"]:
+            print("bench: the tree has uncommitted changes, so reports leave these rows out", file=sys.stderr)
     print(report.terminal(rows))
     return 1 if any(row["error"] for row in rows) else 0
 

@@ -102,6 +102,23 @@ def test_backward_is_timed_over_a_fresh_graph_for_every_call():
     assert calls == ["forward", "forward", "clock", "backward", "backward", "clock"]
 
 
+def test_gpu_timing_runs_every_step_in_its_mode(monkeypatch):
+    seen = []
+
+    def do_bench(call, rep, return_mode):
+        seen.append(rep)
+        call(), call()
+        return [2.0, 4.0, 3.0]
+
+    monkeypatch.setattr("triton.testing.do_bench", do_bench)
+    inputs = toy_case({}).setup(CPU).inputs
+    steps = {mode: measure.Step(matmul, inputs, mode) for mode in cases.MODES}
+    for step in steps.values():
+        step.warm_up()
+    times = measure.time_gpu(steps, measure.Budget(6.0, 1, 1))
+    assert times == {mode: [2e-3, 4e-3, 3e-3] for mode in cases.MODES} and seen == [2000.0] * 3
+
+
 def test_cases_are_distinct_and_complete():
     for family in cases.families():
         loaded = cases.load(family)
@@ -252,7 +269,7 @@ def test_section_of_a_readme_is_replaced_and_markers_are_demanded():
         report.with_section("no markers", "new")
 
 
-def test_pictures_are_the_same_from_the_same_rows(tmp_path):
+def test_pictures_are_the_same_from_the_same_rows_and_linked(tmp_path):
     rows = [
         row | {"shape": [size], "median_ms": row["median_ms"] * size / 2**20} for row in ROWS for size in (64, 2**20)
     ]
@@ -260,6 +277,7 @@ def test_pictures_are_the_same_from_the_same_rows(tmp_path):
     content = first.read_bytes()
     assert first.name == "some-cpu-avx512-2-cores-noise.svg"
     assert report.pictures(rows, tmp_path) == [first] and first.read_bytes() == content
+    assert report.markdown(rows).endswith(f"![{first.stem}](benchmarks/results/{first.name})")
 
 
 def test_readme_shows_the_newest_results():

@@ -63,8 +63,10 @@ def _setup(shape, dtype: torch.dtype, parameterization: str, mode: str):
         x, weight, scale, _ = tensors
 
         def eager(x, weight, scale, bias):
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                return eager_lrt_linear(x, weight, scale, bias, parameterization)
+            return eager_lrt_linear(x, weight, scale, bias, parameterization)
+
+        if dtype != torch.float32:
+            eager = torch.autocast(device.type, dtype)(eager)
 
         def ours(x, weight, scale, bias):
             return lrt_linear(x, weight, scale, bias, parameterization=parameterization)
