@@ -145,8 +145,9 @@ def sections(rows: Sequence[dict], table) -> str:
             clock = "1 thread, CPU time" if threads == 1 else f"{threads} pinned threads, wall time"
             machine = [row for row in of_device if row["family"] == "machine" and row["threads"] == threads]
             parts.append(f"**{clock}.** {machine_line(machine)}" if machine else f"**{clock}.**")
-            lines = [line(key, rows, known.get(key)) for key, rows in grouped(group, case_key).items()]
-            parts.append(table(HEADER, lines))
+            for of_family in grouped(group, lambda row: row["family"]).values():
+                lines = [line(key, rows, known.get(key)) for key, rows in grouped(of_family, case_key).items()]
+                parts.append(table(HEADER, lines))
         if timed:
             parts.append(LEGEND)
         failed = [row for row in timed if row["error"]]
