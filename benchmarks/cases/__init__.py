@@ -69,11 +69,16 @@ def families(only: Sequence[str] | None = None) -> list[str]:
         ValueError: ``only`` names a family that has no cases, or whose module does not exist.
     """
     written = sorted(module.name for module in pkgutil.iter_modules(__path__))
-    found = [name for name in written if find_spec(f"losssurf_fast.{name}") or find_spec(f"losssurf_fast.ops.{name}")]
+    found = [name for name in written if _is_module(f"losssurf_fast.{name}") or _is_module(f"losssurf_fast.ops.{name}")]
     for name in only or ():
         if name not in found:
             raise ValueError(f"benchmarks: families are {', '.join(found)}, got {name!r}")
     return [name for name in found if not only or name in only]
+
+
+def _is_module(name: str) -> bool:
+    spec = find_spec(name)
+    return spec is not None and spec.origin is not None  # a folder without files has no origin
 
 
 def load(family: str, tiny: bool = False) -> list[Case]:
