@@ -140,6 +140,21 @@ def test_bad_thread_counts_are_refused(threads, capsys):
     assert "--threads must be positive whole numbers" in capsys.readouterr().err
 
 
+def test_each_thread_gets_a_core_of_its_own(monkeypatch):
+    monkeypatch.setattr(run.os, "sched_getaffinity", lambda pid: {7, 3, 5})
+    environment = run.environment(2)
+    assert environment["GOMP_CPU_AFFINITY"] == "3 5" and environment["OMP_NUM_THREADS"] == "2"
+
+
+def test_more_threads_than_cores_are_not_measured(monkeypatch, tmp_path, capsys):
+    measured = []
+    monkeypatch.setattr(run.os, "sched_getaffinity", lambda pid: {0})
+    monkeypatch.setattr(run, "measure", lambda families, threads, budget, device: measured.append(threads) or [])
+    out = tmp_path / "rows.jsonl"
+    assert run.main(["--only", "noise", "--no-gate", "--out", str(out)]) == 0
+    assert measured == [1] and "2 threads are not measured, 1 core(s) are available" in capsys.readouterr().err
+
+
 def test_red_tests_give_no_figures(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(run, "gate", lambda family: "tests/test_noise.py is not green: 1 failed")
     out = tmp_path / "rows.jsonl"
