@@ -164,8 +164,14 @@ def test_red_tests_give_no_figures(monkeypatch, tmp_path, capsys):
     assert "noise: not measured, tests/test_noise.py is not green: 1 failed" in capsys.readouterr().out
 
 
-def test_a_missing_test_file_is_a_red_gate():
-    assert "tests/test_nonsense.py is not green" in run.gate("nonsense")
+def test_the_gate_is_green_only_after_passing_tests(monkeypatch, tmp_path):
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+    (tmp_path / "tests").mkdir()
+    assert run.gate("toy") == "there is no tests/test_toy*.py"
+    (tmp_path / "tests" / "test_toy.py").write_text("def test_good():\n    pass\n")
+    assert run.gate("toy") is None
+    (tmp_path / "tests" / "test_toy_more.py").write_text("def test_bad():\n    assert False\n")
+    assert "tests/test_toy*.py is not green" in run.gate("toy") and "1 failed" in run.gate("toy")
 
 
 @pytest.mark.parametrize(
