@@ -38,6 +38,9 @@ LSF_INLINE float sqrt_rn(float x) { return __fsqrt_rn(x); }
 #else
 LSF_INLINE float sqrt_rn(float x) { return sqrtf(x); }
 #endif
+// The second argument where either is NaN, as on x86.
+LSF_INLINE float minimum(float a, float b) { return a < b ? a : b; }
+LSF_INLINE float maximum(float a, float b) { return a > b ? a : b; }
 // a where the sign bit of `sign` is set, else b
 LSF_INLINE float select_by_sign(uint32_t sign, float a, float b) { return static_cast<int32_t>(sign) < 0 ? a : b; }
 // x, negated where the sign bit of `sign` is set

@@ -69,16 +69,47 @@ def composite_needed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def _alias(tensor):
+    """A differentiable alias, so that a gradient to it does not run on into what the tensor was computed from."""
+    if tensor is None or not tensor.is_floating_point():
+        return tensor
+    return tensor.view_as(tensor) if tensor.requires_grad else tensor.detach().requires_grad_()
+
+
 def composite_backward(reference, inputs, grads, needed):
     """Vector-Jacobian product of ``reference(*inputs)`` that can itself be differentiated (double backward).
 
     ``needed[i]`` says whether ``inputs[i]`` wants a gradient; the others return None.
     """
-    wanted = [x for x, need in zip(inputs, needed, strict=True) if need]
     with torch.enable_grad():
+        inputs = [_alias(x) for x in inputs]
+        wanted = [x for x, need in zip(inputs, needed, strict=True) if need]
         outputs = reference(*inputs)
     found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=True, allow_unused=True))
     return tuple(next(found) if need else None for need in needed)
+
+
+def second_order(formula, inputs, grad, outgoing):
+    """Backward of a backward: gradients of ``sum_i <outgoing_i, first_i>`` to ``(grad, *inputs)``.
+
+    ``first`` are the gradients of ``<grad, formula(*inputs)>`` to ``inputs``, some of which may be None. The result
+    is differentiable in turn where gradients are enabled.
+    """
+    keep_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        grad, *inputs = (_alias(t) for t in (grad, *inputs))
+        present = [t for t in inputs if t is not None]
+        first = dict(zip(present, torch.autograd.grad(formula(*inputs), present, grad, create_graph=True), strict=True))
+        terms = [(first[t], out) for t, out in zip(inputs, outgoing, strict=True) if t is not None and out is not None]
+        found = torch.autograd.grad(
+            [term for term, _ in terms],
+            [grad, *present],
+            [out for _, out in terms],
+            create_graph=keep_graph,
+            allow_unused=True,
+        )
+    by_input = dict(zip((grad, *present), found, strict=True))
+    return tuple(None if t is None else by_input[t] for t in (grad, *inputs))
 
 
 @contextlib.contextmanager

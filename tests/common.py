@@ -1,4 +1,4 @@
-"""What the test files share: kernels forced one by one, and the two comparisons."""
+"""What the test files share: kernels forced one by one, the comparison with eager, and samples of a layer."""
 
 import contextlib
 
@@ -6,6 +6,7 @@ import torch
 
 from losssurf_fast import _C
 
+F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 INSTRUCTION_SETS = ("avx512", "avx2", "baseline")
 
 
@@ -36,3 +37,27 @@ def assert_as_good_as_eager(actual, eager, exact, factor=2.0):
     eager_error = (eager.double() - exact).abs().max()
     ulp = torch.finfo(actual.dtype).eps * exact.abs().max()
     assert error <= factor * eager_error + ulp, f"error {error:.3g}, eager {eager_error:.3g}, ulp {ulp:.3g}"
+
+
+def scale_shape(parameterization, out_features, in_features):
+    return {"layer": (1,), "neuron": (out_features,)}.get(parameterization, (out_features, in_features))
+
+
+def lrt_inputs(parameterization, shape=(17, 33, 63), dtype=F32, param_dtype=None, bias=True, seed=0):
+    """(x, weight, scale, bias) of a layer; x is a slice of a wider tensor, so its rows are not adjacent."""
+    rows, out_features, in_features = shape
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda *size: torch.randn(*size, generator=generator)
+    param_dtype = param_dtype or dtype
+    x = draw(rows, in_features + 3).to(dtype)[:, 1 : in_features + 1]
+    weight = None if parameterization == "variance" else draw(out_features, in_features).mul(0.3).to(param_dtype)
+    scale = (draw(*scale_shape(parameterization, out_features, in_features)) - 1).to(param_dtype)
+    return x, weight, scale, draw(out_features).to(param_dtype) if bias else None
+
+
+def double(tensors):
+    return [t if t is None else t.double() for t in tensors]
+
+
+def with_grad(tensors):
+    return [t if t is None else t.detach().clone().requires_grad_() for t in tensors]

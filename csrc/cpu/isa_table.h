@@ -1,4 +1,5 @@
 // The kernels of one instruction set, compiled for the target that the including file has set.
+#include "lrt_kernels.h"
 #include "noise_kernels.h"
 
 extern const Kernels LSF_ISA;
@@ -6,4 +7,7 @@ const Kernels LSF_ISA = {
     LSF_ISA_NAME,
     philox_normal,
     philox_words,
+    lrt_sample,
+    lrt_sample_backward,
+    map,
 };

@@ -29,12 +29,41 @@ struct Matrix {
   DType dtype;
 };
 
+// exp(log_alpha), fp32: one per column (stride 1), one for all (stride 0), or none (null) where var is whole.
+struct Alpha {
+  const float* data;
+  int stride;
+};
+
+// A flat array, for the elementwise passes over parameters and activations.
+struct Array {
+  void* data;
+  DType dtype;
+};
+
+// Elementwise passes: `out` from `in`, each in a dtype of its own, computed in fp32.
+enum class Map {
+  square,        // out0 = in0^2
+  exp,           // out0 = exp(in0)
+  exp_square,    // out0 = exp(in0) in1^2
+  add_product,   // out0 = in0 + 2 in1 in2                                   d/dx of the variance stream
+  product_exp,   // out0 = in0 exp(in1)                                      d/dlog_sigma2
+  weight_grads,  // out0 = in0 + 2 in1 a in2, out1 = a in1^2 in2, a = exp(in3)  "weight" parameterization
+};
+
 struct Kernels {
   const char* instruction_set;
   // out = noise
   void (*philox_normal)(NoiseStream, Tile, Matrix out);
   // out[4 * i + k] = word k of the counter (counters[4 * i], ..., counters[4 * i + 3])
   void (*philox_words)(uint64_t seed, const int64_t* counters, int64_t n, int64_t* out);
+  // out = mean + bias + sqrt(max(alpha var, 0) + 1e-16) noise; mean.data and bias may be null
+  void (*lrt_sample)(NoiseStream, Tile, Matrix mean, const float* bias, Alpha, Matrix var, Matrix out);
+  // grad_var = alpha grad noise / (2 sqrt(alpha var + 1e-16)); adds each column's sum of grad to bias_sums and
+  // of grad_var var to alpha_sums, where these are not null
+  void (*lrt_sample_backward)(NoiseStream, Tile, Matrix grad, Alpha, Matrix var, Matrix grad_var, float* bias_sums,
+                              float* alpha_sums);
+  void (*map)(Map, int64_t n, const Array* in, const Array* out);
 };
 
 // Kernels of the best instruction set of this CPU, or of the one chosen by use_instruction_set.

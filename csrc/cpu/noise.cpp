@@ -6,17 +6,21 @@
 #include "tiles.h"
 
 namespace losssurf {
-namespace {
 
-at::Tensor philox_normal_cpu(const at::Tensor& seed, int64_t rows, int64_t cols, int64_t row_offset,
-                             int64_t col_offset, int64_t sample, at::ScalarType dtype) {
-  const NoiseStream stream = noise_stream(seed, row_offset, col_offset, sample);
+at::Tensor draw_noise(NoiseStream stream, int64_t rows, int64_t cols, at::ScalarType dtype) {
   const bool widened = dtype == at::kDouble;  // fp64 is the fp32 normal
-  at::Tensor out = at::empty({rows, cols}, seed.options().dtype(widened ? at::kFloat : dtype));
+  at::Tensor out = at::empty({rows, cols}, at::TensorOptions().dtype(widened ? at::kFloat : dtype));
   const Matrix matrix = matrix_of(out, cols);
   const auto kernel = kernels().philox_normal;
   for_tiles(rows, cols, [&](Tile tile) { kernel(stream, tile, matrix); });
   return widened ? out.to(at::kDouble) : out;
+}
+
+namespace {
+
+at::Tensor philox_normal_cpu(const at::Tensor& seed, int64_t rows, int64_t cols, int64_t row_offset,
+                             int64_t col_offset, int64_t sample, at::ScalarType dtype) {
+  return draw_noise(noise_stream(seed, row_offset, col_offset, sample), rows, cols, dtype);
 }
 
 at::Tensor philox_words_cpu(const at::Tensor& seed, const at::Tensor& counters) {

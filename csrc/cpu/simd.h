@@ -47,6 +47,7 @@ LSF_INLINE Floats select_by_sign(Words sign, Floats a, Floats b) {
   return (Floats)_mm512_mask_blend_ps(_mm512_movepi32_mask((__m512i)sign), (__m512)b, (__m512)a);
 }
 LSF_INLINE Floats maximum(Floats a, Floats b) { return (Floats)_mm512_max_ps((__m512)a, (__m512)b); }
+LSF_INLINE Floats minimum(Floats a, Floats b) { return (Floats)_mm512_min_ps((__m512)a, (__m512)b); }
 // Products of the even and of the odd lanes, then one masked shuffle each to put the halves in place.
 LSF_INLINE void mul_hi_lo(Words a, uint32_t m, Words& hi, Words& lo) {
   const __m512i mv = _mm512_set1_epi32(m);
@@ -73,6 +74,7 @@ LSF_INLINE Floats select_by_sign(Words sign, Floats a, Floats b) {
   return (Floats)_mm256_blendv_ps((__m256)b, (__m256)a, (__m256)sign);
 }
 LSF_INLINE Floats maximum(Floats a, Floats b) { return (Floats)_mm256_max_ps((__m256)a, (__m256)b); }
+LSF_INLINE Floats minimum(Floats a, Floats b) { return (Floats)_mm256_min_ps((__m256)a, (__m256)b); }
 LSF_INLINE void mul_hi_lo(Words a, uint32_t m, Words& hi, Words& lo) {
   const __m256i mv = _mm256_set1_epi32(m);
   const __m256i even = _mm256_mul_epu32((__m256i)a, mv);
@@ -99,6 +101,7 @@ LSF_INLINE Floats to_float(Words x) {
 }
 LSF_INLINE Floats select_by_sign(Words sign, Floats a, Floats b) { return (Ints)sign < 0 ? a : b; }
 LSF_INLINE Floats maximum(Floats a, Floats b) { return (Floats)_mm_max_ps((__m128)a, (__m128)b); }
+LSF_INLINE Floats minimum(Floats a, Floats b) { return (Floats)_mm_min_ps((__m128)a, (__m128)b); }
 LSF_INLINE void mul_hi_lo(Words a, uint32_t m, Words& hi, Words& lo) {
   for (int i = 0; i < kLanes; ++i) {
     const uint64_t product = (uint64_t)a[i] * m;

@@ -28,6 +28,9 @@ inline NoiseStream noise_stream(const at::Tensor& seed, int64_t row_offset, int6
           static_cast<uint64_t>(row_offset), static_cast<uint64_t>(col_offset)};
 }
 
+// Noise [rows, cols] as a tensor (noise.cpp).
+at::Tensor draw_noise(NoiseStream stream, int64_t rows, int64_t cols, at::ScalarType dtype);
+
 // Calls body(tile) for tiles of at most kTile elements that cover rows x cols, in parallel.
 template <class Body> void for_tiles(int64_t rows, int64_t cols, const Body& body) {
   if (rows == 0 || cols == 0) return;

@@ -31,6 +31,7 @@ from losssurf_fast._library import (
     composite_needed,
     define,
     register_autograd,
+    second_order,
     without_autocast,
 )
 from losssurf_fast.ops.noise import as_seed, check_stream
@@ -85,7 +86,7 @@ def _lrt_sample_autograd(ctx, grad):
     mean, var, seed = ctx.saved_tensors
     if torch.is_grad_enabled():  # double backward
         needed = ctx.needs_input_grad[:2]
-        formula = lambda mean, var: lrt_sample_reference(mean, var, seed, *ctx.place)  # noqa: E731
+        formula = lambda mean, var: lrt_sample_reference(mean, var, seed, *ctx.place)
         grads = composite_backward(formula, (mean, var), grad, needed)
         return (*grads, None, None, None, None)
     grad_var = None
@@ -121,6 +122,8 @@ def lrt_sample(
         TypeError, ValueError: dtypes, shapes, seed or offsets are not as above.
     """
     name = "lrt_sample"
+    if not isinstance(mean, torch.Tensor):
+        raise TypeError(f"{name}: mean must be a tensor, got {type(mean).__name__}")
     if mean.dtype not in LRT_DTYPES:
         raise TypeError(f"{name}: mean must have one of the dtypes {LRT_DTYPES}, got {mean.dtype}")
     _check_companion(name, "var", var, "mean", mean)
@@ -282,31 +285,27 @@ define(
 )
 
 
-def _lrt_linear_setup(ctx, inputs, output):
-    x, weight, scale, bias, seed, ctx.parameterization, *ctx.place = inputs
-    ctx.bias = None if bias is None else (bias.shape, bias.dtype)
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(x, weight, scale, bias, output[1], seed)
+# The autograd formula of lrt_linear is csrc/lrt_autograd.cpp; it calls lrt_linear_backward, whose own formula follows.
 
 
-def _lrt_linear_autograd(ctx, grad, _):
-    x, weight, scale, bias, var, seed = ctx.saved_tensors
-    needed = list(ctx.needs_input_grad[:4])
-    if torch.is_grad_enabled():  # double backward
-        place = (seed, ctx.parameterization, *ctx.place)
-        formula = lambda *inputs: lrt_linear_reference(*inputs, *place)[0]  # noqa: E731
-        grads = composite_backward(formula, (x, weight, scale, bias), grad, needed)
-    else:
-        grads = torch.ops.losssurf_fast.lrt_linear_backward.default(
-            grad, x, weight, scale, bias is not None, var, seed, ctx.parameterization, needed, *ctx.place
-        )
-        grads = tuple(g if need else None for g, need in zip(grads, needed, strict=True))
-        if needed[3]:
-            grads = (*grads[:3], grads[3].to(bias.dtype))
-    return (*grads, None, None, None, None, None)
+def _lrt_linear_backward_setup(ctx, inputs, output):
+    grad, x, weight, scale, ctx.has_bias, _, seed, ctx.parameterization, ctx.needed, *ctx.place = inputs
+    ctx.save_for_backward(grad, x, weight, scale, seed)
 
 
-register_autograd("lrt_linear", _lrt_linear_autograd, _lrt_linear_setup)
+def _lrt_linear_backward_autograd(ctx, *outgoing):
+    grad, x, weight, scale, seed = ctx.saved_tensors
+
+    def formula(x, weight, scale, bias):
+        return lrt_linear_reference(x, weight, scale, bias, seed, ctx.parameterization, *ctx.place)[0]
+
+    bias = grad.new_zeros(grad.shape[1]) if ctx.has_bias else None
+    inputs = (x, weight, scale, bias)
+    grads = second_order(formula, inputs, grad, [g if n else None for g, n in zip(outgoing, ctx.needed, strict=True)])
+    return (*grads[:4], *[None] * 8)
+
+
+register_autograd("lrt_linear_backward", _lrt_linear_backward_autograd, _lrt_linear_backward_setup)
 
 
 def _check_lrt_linear(x, weight, scale, bias, parameterization) -> None:

@@ -1,0 +1,29 @@
+// Elementary functions in fp32 from mul, fma and integer steps, for scalars and lanes alike (see scalar.h).
+#pragma once
+#include "scalar.h"
+
+namespace {
+
+// exp(x) within 1 ulp for every x, subnormal results, 0, inf and NaN included.
+template <class F, class U> LSF_INLINE F exponential(F x) {
+  // NaN passes minimum and maximum as second argument.
+  x = minimum(constant<F>(89.0f), maximum(constant<F>(-104.0f), x));
+  const F shift = constant<F>(12582912.0f);  // 1.5 2^23: adding it rounds to an integer
+  const F shifted = fused_mul_add(x, constant<F>(1.44269504088896341f), shift);
+  const F n = shifted - shift;
+  F r = fused_mul_add(n, constant<F>(-0.693145751953125f), x);  // ln 2 in two parts, the first exact times n
+  r = fused_mul_add(n, constant<F>(-1.42860682030941723e-6f), r);
+  F p = constant<F>(1.9875691500e-4f);
+  p = fused_mul_add(p, r, constant<F>(1.3981999507e-3f));
+  p = fused_mul_add(p, r, constant<F>(8.3334519073e-3f));
+  p = fused_mul_add(p, r, constant<F>(4.1665795894e-2f));
+  p = fused_mul_add(p, r, constant<F>(1.6666665459e-1f));
+  p = fused_mul_add(p, r, constant<F>(5.0000001201e-1f));
+  p = fused_mul_add(p, r * r, r) + constant<F>(1.0f);
+  // 2^n in two factors, so that neither leaves the range of exponents.
+  const U whole = bits_of(shifted) - bits_of(shift);
+  const U half = shift_right_signed(whole, 1);
+  return p * float_of((half << 23) + 0x3F800000u) * float_of(((whole - half) << 23) + 0x3F800000u);
+}
+
+}  // namespace
