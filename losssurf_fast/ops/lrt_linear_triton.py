@@ -133,54 +133,6 @@ def _operands_backward(weight, scale, grad_cast, grad_sigma2, grad_weight_dtype,
 # ---- dual accumulators ---------------------------------------------------------------------------------------------
 
 
-@triton.jit
-def _store_sample(
-    mean,
-    var,
-    scale_ptr,
-    bias_ptr,
-    seed_ptr,
-    y_ptr,
-    var_ptr,
-    offs_m,
-    start_n,
-    M,
-    O,  # noqa: E741
-    row_offset,
-    first_quad,
-    sample,
-    PARAMETERIZATION: tl.constexpr,
-    SHIFT: tl.constexpr,
-    SUBTILES: tl.constexpr,
-):
-    """Store var and y of [BLOCK_M, BLOCK_N] accumulators, whose columns are halved until SUBTILES parts are made."""
-    BLOCK_M: tl.constexpr = var.shape[0]
-    BLOCK_N: tl.constexpr = var.shape[1]
-    if SUBTILES > 1:
-        mean_low, mean_high = tl.split(tl.permute(tl.reshape(mean, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
-        var_low, var_high = tl.split(tl.permute(tl.reshape(var, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
-        _store_sample(
-            mean_low, var_low, scale_ptr, bias_ptr, seed_ptr, y_ptr, var_ptr, offs_m, start_n, M, O,
-            row_offset, first_quad, sample, PARAMETERIZATION, SHIFT, SUBTILES // 2,
-        )  # fmt: skip
-        _store_sample(
-            mean_high, var_high, scale_ptr, bias_ptr, seed_ptr, y_ptr, var_ptr, offs_m, start_n + BLOCK_N // 2, M, O,
-            row_offset, first_quad, sample, PARAMETERIZATION, SHIFT, SUBTILES // 2,
-        )  # fmt: skip
-    else:
-        offs_n = start_n + tl.arange(0, BLOCK_N) - SHIFT
-        mask_n = (offs_n >= 0) & (offs_n < O)
-        mask = (offs_m < M)[:, None] & mask_n[None, :]
-        offs = offs_m[:, None] * O + offs_n[None, :]
-        tl.store(var_ptr + offs, var.to(var_ptr.dtype.element_ty), mask=mask)
-        eps = tile_normals(seed_ptr, offs_m, start_n, row_offset, first_quad, sample, BLOCK_N)
-        alpha = output_alpha(scale_ptr, offs_n, mask_n, PARAMETERIZATION)
-        y = mean + tl.sqrt(nonnegative(var * alpha) + _EPSILON) * eps
-        if bias_ptr is not None:
-            y += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
-        tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
-
-
 @triton.jit(do_not_specialize=PLACE_ARGUMENTS)
 def _lrt_linear_kernel(
     x_ptr,  # [M, I]
@@ -203,7 +155,6 @@ def _lrt_linear_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    SUBTILES: tl.constexpr,
 ):
     OPERAND: tl.constexpr = var_ptr.dtype.element_ty
     SCALE_TILE: tl.constexpr = PARAMETERIZATION != "layer" and PARAMETERIZATION != "neuron"
@@ -219,7 +170,9 @@ def _lrt_linear_kernel(
 
     acc_mean = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     acc_var = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    tl.assume(I > 0)  # without it, ptxas waits for each wgmma of the loop
+    # ptxas makes each wgmma wait for the one before where a loop may run zero times, or where the dot whose operands
+    # are all in shared memory comes second (C7515, C7514).
+    tl.assume(I > 0)
     for k in range(0, I, BLOCK_K):
         weight = 0.0
         scale = 0.0
@@ -236,7 +189,6 @@ def _lrt_linear_kernel(
                 weight = tl.load(weight_ptr + parameter_offs, mask=mask_k, other=0.0)
             if SCALE_TILE:
                 scale = tl.load(scale_ptr + parameter_offs, mask=mask_k, other=0.0)
-        # The mean first: the other order makes ptxas wait for each wgmma.
         if weight_ptr is not None:
             operand = weight.to(OPERAND)
             acc_mean = tl.dot(x.to(OPERAND), operand.T, acc_mean, input_precision=PRECISION)
@@ -249,10 +201,16 @@ def _lrt_linear_kernel(
         x_ptrs += BLOCK_K
         parameter_offs += BLOCK_K
 
-    _store_sample(
-        acc_mean, acc_var, scale_ptr, bias_ptr, seed_ptr, y_ptr, var_ptr, offs_m, start_n, M, O,
-        row_offset, first_quad, sample, PARAMETERIZATION, SHIFT, SUBTILES,
-    )  # fmt: skip
+    mask_n = (offs_n >= 0) & (offs_n < O)
+    mask = (offs_m < M)[:, None] & mask_n[None, :]
+    offs = offs_m[:, None] * O + offs_n[None, :]
+    tl.store(var_ptr + offs, acc_var.to(OPERAND), mask=mask)
+    eps = tile_normals(seed_ptr, offs_m, start_n, row_offset, first_quad, sample, BLOCK_N)
+    alpha = output_alpha(scale_ptr, offs_n, mask_n, PARAMETERIZATION)
+    y = acc_mean + tl.sqrt(nonnegative(acc_var * alpha) + _EPSILON) * eps
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+    tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 # ---- launchers -----------------------------------------------------------------------------------------------------
@@ -280,7 +238,7 @@ def linear_dual(
             x, weight, scale, bias, seed, y, var, rows, out_features, in_features, row_offset, first_quad, sample,
             PARAMETERIZATION=parameterization, PRECISION=dot_precision(x.dtype), SHIFT=shift,
             EVEN_K=in_features % tile.block_k == 0, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
-            BLOCK_K=tile.block_k, SUBTILES=tile.subtiles, num_warps=tile.num_warps, num_stages=tile.num_stages,
+            BLOCK_K=tile.block_k, num_warps=tile.num_warps, num_stages=tile.num_stages,
             **EXACT,
         )  # fmt: skip
     return y, var
@@ -314,9 +272,10 @@ def lrt_linear_triton(x, weight, scale, bias, seed, parameterization, row_offset
     strategy = linear_strategy(*x.shape, out_features, x.dtype, parameterization, capability)
     if strategy == "two_gemms":
         return linear_two_gemms(x, weight, scale, bias, seed, parameterization, *place)
-    matrices = (weight, None if parameterization in OUTPUT_ALPHA else scale)
-    parameter_bytes = sum(m.dtype.itemsize for m in matrices if m is not None)
-    tile = dual_tile(x.shape[0], x.dtype, parameter_bytes, capability)
+    parameter_dtype = (scale if weight is None else weight).dtype
+    if parameterization not in OUTPUT_ALPHA:
+        parameter_dtype = torch.promote_types(parameter_dtype, scale.dtype)
+    tile = dual_tile(x.shape[0], x.dtype, parameter_dtype, capability)
     return linear_dual(x, weight, scale, bias, seed, parameterization, *place, tile)
 
 

@@ -145,8 +145,8 @@ def _lrt_sample_backward_kernel(
     offs_n = start_n + tl.arange(0, BLOCK_N) - SHIFT
     mask_n = (offs_n >= 0) & (offs_n < O)
     alpha = output_alpha(scale_ptr, offs_n, mask_n, ALPHA)
-    sum_grad = tl.zeros((BLOCK_N,), tl.float32)
-    sum_alpha = tl.zeros((BLOCK_N,), tl.float32)
+    acc_grad = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    acc_alpha = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
 
     for step in range(steps):
         offs_m = (group * steps + step) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -154,7 +154,7 @@ def _lrt_sample_backward_kernel(
         offs = offs_m[:, None] * O + offs_n[None, :]
         grad = tl.load(grad_ptr + offs, mask=mask, other=0.0).to(tl.float32)
         if sum_grad_ptr is not None:
-            sum_grad += tl.sum(grad, axis=0)
+            acc_grad += grad
         if grad_var_ptr is not None or sum_alpha_ptr is not None:
             var = tl.load(var_ptr + offs, mask=mask, other=0.0).to(tl.float32)
             eps = tile_normals(seed_ptr, offs_m, start_n, row_offset, first_quad, sample, BLOCK_N)
@@ -165,12 +165,12 @@ def _lrt_sample_backward_kernel(
             if grad_var_ptr is not None:
                 tl.store(grad_var_ptr + offs, grad_var.to(grad_var_ptr.dtype.element_ty), mask=mask)
             if sum_alpha_ptr is not None:
-                sum_alpha += tl.sum(grad_var * var, axis=0)
+                acc_alpha += grad_var * var
 
     if sum_grad_ptr is not None:
-        tl.store(sum_grad_ptr + group * O + offs_n, sum_grad, mask=mask_n)
+        tl.store(sum_grad_ptr + group * O + offs_n, tl.sum(acc_grad, axis=0), mask=mask_n)
     if sum_alpha_ptr is not None:
-        tl.store(sum_alpha_ptr + group * O + offs_n, sum_alpha, mask=mask_n)
+        tl.store(sum_alpha_ptr + group * O + offs_n, tl.sum(acc_alpha, axis=0), mask=mask_n)
 
 
 def sample_backward_pass(

@@ -93,9 +93,7 @@ def normal_tile(seed, row, quad, sample, BLOCK_M: tl.constexpr, BLOCK_N: tl.cons
 def tile_normals(seed_ptr, offs_m, start_n, row_offset, first_quad, sample, BLOCK_N: tl.constexpr):
     """Noise of local rows ``offs_m`` (int64) and the BLOCK_N columns from tile column ``start_n``, a multiple of 4."""
     quad = (first_quad.to(tl.int64) + start_n // 4 + tl.arange(0, BLOCK_N // 4)).to(tl.uint32)
-    return normal_tile(
-        tl.load(seed_ptr), row_offset.to(tl.int64) + offs_m, quad, sample, offs_m.shape[0], BLOCK_N
-    )
+    return normal_tile(tl.load(seed_ptr), row_offset.to(tl.int64) + offs_m, quad, sample, offs_m.shape[0], BLOCK_N)
 
 
 # ---- philox_normal -------------------------------------------------------------------------------------------------
