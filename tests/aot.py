@@ -151,7 +151,11 @@ def dual_cases(arch: int) -> list[Case]:
         cases += [dual_case(rows, fp32, fp32, p, arch) for p in ("weight", "neuron")]
     cases += [dual_case(64, bf16, bf16, p, arch) for p in ("additive", "variance")]
     cases += [dual_case(64, bf16, bf16, "additive", arch, even_k=False)]
-    return cases
+    # Triton makes a size of 1 a constant, and a constant is not a tensor.
+    ones = dual_case(1, bf16, bf16, "layer", arch, even_k=False)
+    ones.name += ", sizes 1"
+    ones.constants |= {"M": 1, "O": 1, "I": 1}
+    return [*cases, ones]
 
 
 @triton.jit

@@ -180,6 +180,8 @@ def sample_backward_pass(
 
     M and O must not be 0. ``limit`` saturates grad_var before alpha.
     """
+    if not (needs_var or needs_bias or needs_alpha):
+        return None, None, None
     rows, cols = var.shape
     first_quad, shift = divmod(col_offset, 4)
     _, blocks = elementwise_tiles(rows, cols + shift)

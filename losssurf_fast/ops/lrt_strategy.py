@@ -72,5 +72,5 @@ def dual_tile(rows: int, dtype: torch.dtype, parameter_dtype: torch.dtype, capab
     else:
         block_m, block_n, block_k, num_warps = 64, 64, 32 if dtype == torch.float32 else 64, 8
     stage = block_k * (block_m * dtype.itemsize + 2 * block_n * parameter_dtype.itemsize)
-    num_stages = max(2, min(4, shared_memory(capability) // stage))
+    num_stages = max(2, min(4, shared_memory(capability) // stage + 1))  # one fewer buffers than stages
     return Tile(block_m, block_n, block_k, num_warps, num_stages)
