@@ -12,7 +12,7 @@ from common import BF16, F16, F32, F64, assert_as_good_as_eager, double, lrt_inp
 import losssurf_fast as lsf
 from losssurf_fast.ops import lrt
 from losssurf_fast.ops.lrt_strategy import Tile, dual_tile, linear_strategy, shared_memory
-from losssurf_fast.ops.noise import philox_normal_reference
+from losssurf_fast.ops.noise import _box_muller, philox_normal_reference
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 tl = triton.language
@@ -24,7 +24,7 @@ DEVICE = "cuda" if ON_GPU else "cpu"
 DTYPES = [(F32, F32), (F16, F16), (F16, F32)] + ([(BF16, BF16), (BF16, F32)] if ON_GPU else [])
 SHAPES = [(1, 1, 1), (17, 63, 33), (32, 32, 32)]  # M, O, I
 PLACES = [(0, 0, 0), (2**32 - 3, 2**33 + 6, 2**32 - 1)]  # row offset, col offset, sample
-TILES = [Tile(16, 32, 32, 4, 2), Tile(32, 16, 16, 4, 2)]
+SMALL_TILE = Tile(32, 16, 16, 4, 2)  # several programs and steps at small sizes
 needs_gpu = pytest.mark.skipif(not ON_GPU, reason="no GPU")
 
 
@@ -80,6 +80,25 @@ def test_philox_words_known_answers(counter, key, words):
     assert out.tolist() == [int(w, 16) for w in words.split()]
 
 
+@triton.jit
+def _box_muller_kernel(a_ptr, b_ptr, even_ptr, odd_ptr, SIZE: tl.constexpr):
+    offs = tl.arange(0, SIZE)
+    even, odd = noise_triton.box_muller(tl.load(a_ptr + offs).to(tl.uint32), tl.load(b_ptr + offs).to(tl.uint32))
+    tl.store(even_ptr + offs, even)
+    tl.store(odd_ptr + offs, odd)
+
+
+def test_box_muller_bits():
+    """Words at the borders of quadrants, exponents and the logarithm's range; the sign of zero counts."""
+    a = [0, 1, 2**31 - 1, 2**31, 3 * 2**30 - 1, 3 * 2**30, 2**32 - 129, 2**32 - 1]
+    b = [k * 2**29 + d for k in range(8) for d in (-1, 0, 1, 2)]
+    a, b = (t.reshape(-1) % 2**32 for t in torch.meshgrid(torch.tensor(a), torch.tensor(b), indexing="ij"))
+    even, odd = torch.empty(2, a.numel(), device=DEVICE)
+    _box_muller_kernel[(1,)](*to_device((a, b)), even, odd, SIZE=a.numel(), **noise_triton.EXACT)
+    for actual, expected in zip((even, odd), _box_muller(a, b), strict=True):
+        assert torch.equal(actual.cpu().view(torch.int32), expected.view(torch.int32))
+
+
 @pytest.mark.parametrize("place", [*PLACES, (0, 1, 0), (5, 3, 1)])
 @pytest.mark.parametrize("shape", [(1, 1), (17, 63), (3, 1030), (1030, 3), (0, 4), (4, 0)])
 def test_philox_normal_bits(shape, place):
@@ -128,8 +147,7 @@ def linear_kernels():
     contiguous = lambda tensors: [t if t is None else t.contiguous() for t in tensors]
     yield lrt_linear_triton.lrt_linear_triton
     yield lambda *args: lrt_linear_triton.linear_two_gemms(*contiguous(args[:5]), *args[5:])
-    for tile in TILES:
-        yield lambda *args, tile=tile: lrt_linear_triton.linear_dual(*contiguous(args[:5]), *args[5:], tile)
+    yield lambda *args: lrt_linear_triton.linear_dual(*contiguous(args[:5]), *args[5:], SMALL_TILE)
 
 
 @pytest.mark.parametrize("parameterization", lrt.PARAMETERIZATIONS)

@@ -42,11 +42,9 @@ def _polynomial(x, COEFFICIENTS: tl.constexpr, TERMS: tl.constexpr):
 @triton.jit
 def _minus_two_log(u):
     bits = u.to(tl.uint32, bitcast=True)
-    exponent = (bits - 0x3F3504F3).to(tl.int32, bitcast=True) >> 23  # of the reduced range [sqrt(1/2), sqrt(2))
+    exponent = (bits - 0x3F400000).to(tl.int32, bitcast=True) >> 23  # of the mantissa in [3/4, 3/2)
     f = (bits - (exponent << 23).to(tl.uint32, bitcast=True)).to(tl.float32, bitcast=True) - 1.0
-    f2 = f * f
-    log_mantissa = tl.fma(f2 * f, _polynomial(f, _LOG, _LOG_TERMS), tl.fma(f, -2.0, f2))
-    return tl.fma(exponent.to(tl.float32), _MINUS_TWO_LN_TWO, log_mantissa)
+    return tl.fma(exponent.to(tl.float32), _MINUS_TWO_LN_TWO, _polynomial(f, _LOG, _LOG_TERMS) * f)
 
 
 @triton.jit
@@ -64,10 +62,11 @@ def box_muller(a, b):
     x = (b << 2).to(tl.int32, bitcast=True).to(tl.float32) * _TWO_TO_MINUS_32
     x2 = x * x
     sin, cos = _polynomial(x2, _SIN, _SIN_TERMS) * x, _polynomial(x2, _COS, _COS_TERMS)
-    odd_quadrant = t << 1  # in the sign bit
-    swap = odd_quadrant >= 0x80000000
-    even = r * _xor_sign(tl.where(swap, sin, cos), t ^ odd_quadrant)
-    return even, r * _xor_sign(tl.where(swap, cos, sin), t)
+    # Two bits of t turn (cos, sin) of x into those of theta: bit 30 by a quarter, bit 31 by a half.
+    quarter = (t & 0x40000000) != 0
+    turned_r = _xor_sign(r, t)
+    minus_sin = _xor_sign(sin, t << 1)  # where quarter; Triton's -0.0 would be 0.0
+    return turned_r * tl.where(quarter, minus_sin, cos), turned_r * tl.where(quarter, cos, sin)
 
 
 @triton.jit
