@@ -39,15 +39,15 @@ def to_lrt(
 ) -> nn.Module:
     """Turn the ``nn.Linear`` layers of ``model`` into :class:`lsf.nn.LRTLinear`, in place, and return the model.
 
-    The modules, their Parameter objects, names, hooks, dtypes, devices and flags stay; each layer gains ``log_alpha`` or
-    ``log_sigma2`` (trainable where its weight is), so make the optimizer afterwards. Layers that share a weight share that
-    too. A "variance" layer starts with log_sigma2 = log(weight^2) and gives up its weight.
+    The modules, their Parameter objects, names, hooks, dtypes, devices and flags stay; each layer gains
+    ``log_alpha`` or ``log_sigma2`` (trainable where its weight is), so make the optimizer afterwards. Layers that
+    share a weight share that too. A "variance" layer starts with log_sigma2 = log(weight^2) and gives up its weight.
 
-    Layers that cannot be converted keep working without noise; they are logged as a warning and listed with the reason by
-    :func:`conversion_report`: subclasses of ``nn.Linear`` with a forward of their own, ``out_proj`` of
-    ``nn.MultiheadAttention`` (read without being called), convolutions, and other modules with weight matrices. The fast
-    path of ``nn.TransformerEncoderLayer`` reads its layers' weights past their forward, so it is turned off where one of
-    them is converted.
+    Layers that cannot be converted keep working without noise; they are logged as a warning and listed with the
+    reason by :func:`conversion_report`: subclasses of ``nn.Linear`` with a forward of their own, ``out_proj`` of
+    ``nn.MultiheadAttention`` (read without being called), convolutions, and other modules with weight matrices. The
+    fast path of ``nn.TransformerEncoderLayer`` reads its layers' weights past their forward, so it is turned off
+    where one of them is converted.
 
     Args:
         model: any module, a bare ``nn.Linear`` included.
@@ -129,7 +129,7 @@ def _patterns(argument: str, patterns) -> tuple[str, ...] | None:
 
 
 def _selected(name: str, include, exclude) -> bool:
-    matches = lambda patterns: any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)  # noqa: E731
+    matches = lambda patterns: any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
     return (include is None or matches(include)) and not (exclude is not None and matches(exclude))
 
 
@@ -170,6 +170,5 @@ def _turn_off_fast_paths(model: nn.Module) -> None:
             inside = (module.linear1, module.linear2)
             if any(isinstance(child, StochasticLayer) for child in inside):
                 module.activation_relu_or_gelu = 0  # only the fast path asks for it
-        elif isinstance(module, nn.TransformerEncoder):
-            if any(isinstance(child, StochasticLayer) for child in module.modules()):
-                module.use_nested_tensor = False  # nested tensors are for the layers' fast path
+        if isinstance(module, nn.TransformerEncoder) and any(isinstance(m, StochasticLayer) for m in module.modules()):
+            module.use_nested_tensor = False  # nested tensors are for the layers' fast path

@@ -15,8 +15,8 @@ SCHEMES = ("deterministic", "stochastic", "ensemble")
 def prediction(model: nn.Module, scheme: str):
     """Within the context, stochastic layers follow ``scheme``, whatever ``train()`` or ``eval()`` say.
 
-    Other layers (BatchNorm, Dropout) are untouched. Contexts nest; the previous scheme comes back on leaving, also by an
-    exception.
+    Other layers (BatchNorm, Dropout) are untouched. Contexts nest; the previous scheme comes back on leaving, also by
+    an exception.
 
     Args:
         model: a module with stochastic layers.
@@ -56,9 +56,9 @@ def predict(
 ) -> torch.Tensor:
     """Class probabilities ``[..., classes]`` in float32 (float64 for float64 logits), without gradients.
 
-    "deterministic" is the softmax of the logits at the mean weights, "stochastic" that of one draw, "ensemble" the mean of
-    the softmax over ``num_samples`` draws (accumulated as a log-mean-exp). During the call the whole model is in
-    ``eval()``; every module's mode is restored.
+    "deterministic" is the softmax of the logits at the mean weights, "stochastic" that of one draw, "ensemble" the
+    mean of the softmax over ``num_samples`` draws (accumulated as a log-mean-exp). During the call the whole model is
+    in ``eval()``; every module's mode is restored.
 
     Args:
         model: returns logits, classes last.
@@ -69,7 +69,7 @@ def predict(
             dimension. Faster for small batches; only for models whose first dimension is a batch of independent rows.
 
     Raises:
-        TypeError, ValueError: bad arguments, no stochastic layers to draw from, or an output that is no tensor of logits.
+        TypeError, ValueError: bad arguments, no stochastic layers to draw from, or an output that is no logits.
     """
     if scheme not in SCHEMES:
         raise ValueError(f"predict: scheme must be one of {SCHEMES}, got {scheme!r}")
@@ -96,8 +96,8 @@ def _log_probabilities(model, x: torch.Tensor, copies: int) -> torch.Tensor:
         return log_probs
     if logits.dim() < 2 or logits.shape[0] != copies * x.shape[0]:
         raise ValueError(
-            f"predict: draws_per_call={copies} needs logits [batch, ..., classes], got {tuple(logits.shape)} for a batch "
-            f"of {copies} * {x.shape[0]}; use draws_per_call=1"
+            f"predict: draws_per_call={copies} needs logits [batch, ..., classes], got {tuple(logits.shape)} for a "
+            f"batch of {copies} * {x.shape[0]}; use draws_per_call=1"
         )
     return log_probs.unflatten(0, (copies, x.shape[0])).logsumexp(0)
 

@@ -1,7 +1,7 @@
 """``python -m losssurf_fast demo``: a variance network learns handwritten digits.
 
-A perceptron with one noisy hidden layer is trained with binary dropout and with the five parameterizations, each from the
-same initial weights. The talk's table follows, then a training run timed with plain PyTorch layers and with ours.
+A perceptron with one noisy hidden layer is trained with binary dropout and with the five parameterizations, each from
+the same initial weights. The talk's table follows, then a training run timed with plain PyTorch layers and with ours.
 """
 
 import argparse

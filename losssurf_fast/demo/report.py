@@ -14,7 +14,7 @@ COLUMNS = ("network", "ELBO", "stoch.", "determ.", "ensemble")
 
 
 def rows(results: list[Result]) -> list[tuple[str, ...]]:
-    percent = lambda fraction: f"{100 * fraction:.1f}"  # noqa: E731
+    percent = lambda fraction: f"{100 * fraction:.1f}"
     return [
         (
             r.network,
@@ -126,7 +126,7 @@ def _weights_figure(model, data: Data):
     layer, digits = model.hidden, range(data.classes)
     inputs = model.relu1(model.first(data.test_x))
     std = (inputs.square() @ layer.log_sigma2.exp().t()).sqrt()
-    by_class = lambda values: torch.stack([values[data.test_y == c].mean(0) for c in digits])  # noqa: E731
+    by_class = lambda values: torch.stack([values[data.test_y == c].mean(0) for c in digits])
     std_of_class, input_of_class = by_class(std), by_class(inputs)  # [classes, units]
     units = std_of_class.std(0).topk(min(60, std.shape[1])).indices  # those that tell classes apart most
     units = units[std_of_class[:, units].argmax(0).argsort(stable=True)]

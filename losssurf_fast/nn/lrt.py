@@ -24,13 +24,13 @@ class LRTLinear(StochasticLayer, nn.Linear):
         in_features, out_features, bias, device, dtype: as for ``nn.Linear``; dtype float64, float32, bfloat16, float16.
         parameterization: "layer", "neuron", "weight" (``log_alpha`` [1], [O] or [O, I]), "additive" or "variance"
             (``log_sigma2`` [O, I]; ``weight`` is None for "variance").
-        init_log_alpha: first value of log(sigma^2 / weight^2), -5 by default. For "additive" it is taken over the mean of
-            weight^2, so that all parameterizations start with about the same noise. "variance" has none.
+        init_log_alpha: first value of log(sigma^2 / weight^2), -5 by default. For "additive" it is taken over the mean
+            of weight^2, so that all parameterizations start with about the same noise. "variance" has none.
         init_log_sigma2: first value of log_sigma2 for "additive" and "variance"; by default the former follows
-            ``init_log_alpha`` and the latter is the log of the squares of the weights that ``nn.Linear`` would start with.
+            ``init_log_alpha`` and the latter is the log of the squared weights that ``nn.Linear`` would start with.
 
-    ``log_alpha`` and ``log_sigma2`` are float32 also in half-precision models (float64 in float64 ones) and stay so under
-    ``.half()`` and ``.to(dtype)``. A plain ``nn.Linear``'s state_dict loads with ``strict=False``.
+    ``log_alpha`` and ``log_sigma2`` are float32 also in half-precision models (float64 in float64 ones) and stay so
+    under ``.half()`` and ``.to(dtype)``. A plain ``nn.Linear``'s state_dict loads with ``strict=False``.
 
     Raises:
         ValueError: unknown parameterization, or an initial value that the parameterization does not have.
@@ -99,8 +99,8 @@ class LRTLinear(StochasticLayer, nn.Linear):
     def forward(self, input: torch.Tensor, seed: int | torch.Tensor | None = None) -> torch.Tensor:
         """``[..., in_features]`` -> ``[..., out_features]``.
 
-        ``seed`` (int or 0-d int64 tensor) fixes the noise; by default one is drawn from torch's default generator. Pass it
-        through ``torch.utils.checkpoint`` where that is told not to preserve the generator's state.
+        ``seed`` (int or 0-d int64 tensor) fixes the noise; by default one is drawn from torch's default generator.
+        Pass it through ``torch.utils.checkpoint`` where that is told not to preserve the generator's state.
         """
         if self.draws_noise:
             return ops.lrt_linear(

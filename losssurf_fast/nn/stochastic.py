@@ -31,15 +31,15 @@ def stochastic_layers(model: nn.Module, caller: str) -> list[StochasticLayer]:
     for name, module in model.named_modules():
         if isinstance(module, nn.MultiheadAttention) and isinstance(module.out_proj, StochasticLayer):
             raise RuntimeError(
-                f"{caller}: {_join(name, 'out_proj')} is a stochastic layer, but nn.MultiheadAttention reads its weight "
-                "without calling it, so it would draw no noise; put a plain nn.Linear there"
+                f"{caller}: {_join(name, 'out_proj')} is a stochastic layer, but nn.MultiheadAttention reads its "
+                "weight without calling it, so it would draw no noise; put a plain nn.Linear there"
             )
         if isinstance(module, nn.TransformerEncoderLayer) and module.activation_relu_or_gelu:
             inside = [m for m in (module.linear1, module.linear2) if isinstance(m, StochasticLayer)]
             if inside:
                 raise RuntimeError(
-                    f"{caller}: the fast path of nn.TransformerEncoderLayer {name!r} reads the weights of its stochastic "
-                    "layers without calling them; convert the layer with to_lrt, which turns that path off"
+                    f"{caller}: the fast path of nn.TransformerEncoderLayer {name!r} reads the weights of its "
+                    "stochastic layers without calling them; convert it with to_lrt, which turns that path off"
                 )
     return [module for module in model.modules() if isinstance(module, StochasticLayer)]
 
