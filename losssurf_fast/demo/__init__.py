@@ -14,8 +14,8 @@ import torch
 from losssurf_fast.demo import report
 from losssurf_fast.demo.data import load
 from losssurf_fast.demo.models import NETWORKS, network
-from losssurf_fast.demo.timing import BATCH, HIDDEN, compare
-from losssurf_fast.demo.train import train
+from losssurf_fast.demo.timing import HIDDEN, compare
+from losssurf_fast.demo.train import BATCH, train
 
 WIDTH = 256  # of the two hidden layers
 
@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise SystemExit(f"demo: --out {out} cannot be made: {error.strerror}") from error
     data = load(arguments.data, arguments.root)
     epochs = arguments.epochs or {"digits": 100, "mnist": 5}[data.name]
-    blocks, steps = (2, 2) if arguments.quick else (15, 10)
+    blocks, steps = (2, 2) if arguments.quick else (15, 5)
     if arguments.quick:
         epochs = min(epochs, 2)
 
@@ -75,7 +75,7 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"mean weights it guesses ({100 * variance.deterministic:.1f} %), as an ensemble it reaches")
     print(f"{100 * variance.ensemble:.1f} % (binary dropout: {100 * dropout.ensemble:.1f} %).\n", flush=True)
 
-    print(f"One training step, {data.side**2}-{HIDDEN}-{HIDDEN}-{data.classes}, batch {BATCH}:")
+    print(f"The same training at width {HIDDEN}, one step of {BATCH} images:")
     for parameterization in ("variance", "additive"):
         t = compare(data, parameterization, blocks, steps, seconds=20)
         print(

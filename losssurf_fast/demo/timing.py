@@ -1,4 +1,4 @@
-"""The same training run with layers in plain PyTorch and with ours, in alternating blocks."""
+"""The demo's training at a larger width, with layers in plain PyTorch and with ours, in alternating blocks."""
 
 import dataclasses
 import statistics
@@ -12,9 +12,10 @@ from tqdm import tqdm
 from losssurf_fast.conversion import to_lrt
 from losssurf_fast.demo.data import Data
 from losssurf_fast.demo.models import EagerLRT, perceptron
+from losssurf_fast.demo.train import BATCH
 from losssurf_fast.objective import ELBOLoss
 
-HIDDEN, BATCH = 1024, 512
+HIDDEN = 2048
 
 
 @dataclasses.dataclass
