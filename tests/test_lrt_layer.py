@@ -3,6 +3,7 @@ import pickle
 
 import pytest
 import torch
+import torch.nn.utils.parametrize
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -113,6 +114,28 @@ def test_half_precision_model_keeps_wide_scale(layer, half):
     assert (made.scale.dtype, made.bias.dtype) == (torch.float32, half)
     assert layer.double().scale.dtype == torch.float64
     assert layer.to(half).scale.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["weight", "log_alpha"])
+def test_parametrized(name):
+    class Double(nn.Module):
+        def forward(self, value):
+            return 2 * value
+
+    layer, x = lsf.nn.LRTLinear(7, 5, parameterization="neuron", init_log_alpha=-1.0), torch.randn(3, 7)
+    doubled = copy.deepcopy(layer)
+    with torch.no_grad():
+        getattr(doubled, name).mul_(2)
+    nn.utils.parametrize.register_parametrization(layer, name, Double())
+    torch.testing.assert_close(layer(x, seed=1), doubled(x, seed=1))
+    layer.to(torch.bfloat16)(x.bfloat16()).sum().backward()
+
+
+def test_export(layer):
+    x = torch.randn(3, 7)
+    assert torch.export.export(layer, (x,)).module()(x).shape == (3, 5)
+    exported = torch.export.export(layer.eval(), (x,)).module()
+    torch.testing.assert_close(exported(x), expected_mean(layer, x))
 
 
 def test_half_precision_input_with_wide_parameters(layer):
