@@ -46,8 +46,13 @@ LSF_INLINE Floats to_float(Words x) { return (Floats)_mm512_cvtepu32_ps((__m512i
 LSF_INLINE Floats select_by_sign(Words sign, Floats a, Floats b) {
   return (Floats)_mm512_mask_blend_ps(_mm512_movepi32_mask((__m512i)sign), (__m512)b, (__m512)a);
 }
-LSF_INLINE Floats maximum(Floats a, Floats b) { return (Floats)_mm512_max_ps((__m512)a, (__m512)b); }
-LSF_INLINE Floats minimum(Floats a, Floats b) { return (Floats)_mm512_min_ps((__m512)a, (__m512)b); }
+// Masked by all ones: GCC 12 warns of the unmasked forms' undefined third operand.
+LSF_INLINE Floats maximum(Floats a, Floats b) {
+  return (Floats)_mm512_maskz_max_ps((__mmask16)-1, (__m512)a, (__m512)b);
+}
+LSF_INLINE Floats minimum(Floats a, Floats b) {
+  return (Floats)_mm512_maskz_min_ps((__mmask16)-1, (__m512)a, (__m512)b);
+}
 // Products of the even and of the odd lanes, then one masked shuffle each to put the halves in place.
 LSF_INLINE void mul_hi_lo(Words a, uint32_t m, Words& hi, Words& lo) {
   const __m512i mv = _mm512_set1_epi32(m);
