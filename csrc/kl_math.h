@@ -20,15 +20,7 @@ template <class F> LSF_INLINE F below(F x, float bound, F a, F b) {
 }
 template <class F> LSF_INLINE F magnitude(F x) { return maximum(-x, x); }
 
-// Horner's rule on the coefficients `a` where the sign bit of `choose_a` is set, on `b` elsewhere.
-template <class F, class U, int kCount>
-LSF_INLINE F polynomial(F x, U choose_a, const float (&a)[kCount], const float (&b)[kCount]) {
-  F result = select_by_sign(choose_a, constant<F>(a[0]), constant<F>(b[0]));
-#pragma GCC unroll 16
-  for (int k = 1; k < kCount; ++k)
-    result = fused_mul_add(result, x, select_by_sign(choose_a, constant<F>(a[k]), constant<F>(b[k])));
-  return result;
-}
+// Horner's rule
 template <class F, int kCount> LSF_INLINE F polynomial(F x, const float (&a)[kCount]) {
   F result = constant<F>(a[0]);
 #pragma GCC unroll 16
@@ -36,36 +28,36 @@ template <class F, int kCount> LSF_INLINE F polynomial(F x, const float (&a)[kCo
   return result;
 }
 
-// Exact log-uniform KL. With lambda = 1 / alpha, on either side of lambda = 13:
-//   lambda <= 13:  KL = lambda S(lambda),                              -slope = lambda R(lambda)
-//   lambda > 13:   KL = (ln 2 + gamma)/2 - log_alpha/2 + V(1/lambda),   -slope = Q(1/lambda)
-// as polynomials in x in [-1, 1]; their errors are 3e-8, 7e-8, 3e-9, 7e-8.
+// Exact log-uniform KL. With lambda = 1 / alpha, on either side of lambda = 12:
+//   lambda <= 12:  KL = lambda S,                                in x = 1 - lambda / 12
+//   lambda > 12:   KL = (ln 2 + gamma)/2 - log_alpha/2 + V,      in x = 1 - 24 / lambda
+// The slope is the derivative of these polynomials, d S / dlog_alpha = (x - 1) S'(x), so that value and slope agree.
+// S and V come of minimax fits to the slope (relative error 3e-8 and 8e-8), integrated; S has no cancellation.
 template <class F, class U> LSF_INLINE KLTerm<F> kl_log_uniform_exact(F log_alpha) {
-  constexpr float kSplit = -2.5649493574615367f;  // -ln 13
-  constexpr float S[] = {3.022202326974366e-05f, -0.00012035486724926159f, 0.0003428653290029615f,
-                         -0.001060620415955782f, 0.003093571634963155f, -0.008036316372454166f,
-                         0.018760917708277702f, -0.039365872740745544f, 0.07441774755716324f,
-                         -0.12939254939556122f, 0.22537894546985626f};
-  constexpr float V[] = {1.3258912986202631e-05f, -9.53941025727545e-07f, -5.745076123275794e-05f,
-                         -3.4529809909145115e-06f, 0.00012991458061151206f, 7.721161819063127e-05f,
-                         -0.00016797233547549695f, -0.000514816609211266f, -0.0019054346485063434f,
-                         -0.022070467472076416f, -0.02052479051053524f};
-  constexpr float R[] = {-6.571142876055092e-05f, 0.0002726056263782084f, -0.0007429301622323692f,
-                         0.0021393124479800463f, -0.005878659430891275f, 0.014122403226792812f,
-                         -0.029605917632579803f, 0.05365755409002304f, -0.08242727816104889f,
-                         0.10515182465314865f, -0.10994931310415268f, 0.09598646312952042f};
-  constexpr float Q[] = {6.406463944585994e-05f, -9.688795398687944e-05f, -0.0002800583024509251f,
-                         0.0003886040358338505f, 0.000619290629401803f, -0.0006943452171981335f,
-                         -0.001215680968016386f, 0.00026722252368927f, 0.0022236329969018698f,
-                         0.005357241723686457f, 0.025881055742502213f, 0.5220704078674316f};
-  const U far = bits_of(log_alpha - constant<F>(kSplit));  // sign bit: lambda > 13
-  const F t = exponential<F, U>(select_by_sign(far, log_alpha, -log_alpha));
+  constexpr float kSplit = -2.4849066497880004f;  // -ln 12
+  constexpr float S[] = {0.005813366733491421f, -0.01503963116556406f, 0.02707044780254364f,
+                         -0.015892308205366135f, 0.021547872573137283f, 0.013029651716351509f,
+                         0.028208494186401367f, 0.040840618312358856f, 0.0579250268638134f,
+                         0.07859434187412262f, 0.10557018965482712f, 0.15233191847801208f};
+  constexpr float V[] = {1.5017041732789949e-05f, 2.229033452749718e-05f, -5.22162408742588e-05f,
+                         -9.002930164569989e-05f, 9.592333663022146e-05f, 0.00018148141680285335f,
+                         -0.0002165944461012259f, -0.00016704873996786773f, 0.0007180957472883165f,
+                         -0.002395004266873002f, 0.02426568791270256f, -0.022377602756023407f};
   const F one = constant<F>(1.0f), zero = constant<F>(0.0f);
-  const F x = fused_mul_add(t, select_by_sign(far, constant<F>(26.0f), constant<F>(2.0f / 13.0f)), -one);
-  const F factor = select_by_sign(far, one, t);
+  const U far = bits_of(log_alpha - constant<F>(kSplit));  // sign bit: lambda > 12
+  const F t = exponential_or_zero<F, U>(select_by_sign(far, log_alpha, -log_alpha));
+  const F w = t * select_by_sign(far, constant<F>(-24.0f), constant<F>(-1.0f / 12.0f));
+  const F x = w + one;
+  F p = select_by_sign(far, constant<F>(V[0]), constant<F>(S[0])), derivative = zero;
+#pragma GCC unroll 16
+  for (int k = 1; k < 12; ++k) {
+    derivative = k == 1 ? p : fused_mul_add(derivative, x, p);
+    p = fused_mul_add(p, x, select_by_sign(far, constant<F>(V[k]), constant<F>(S[k])));
+  }
   const F line = fused_mul_add(log_alpha, constant<F>(-0.5f), constant<F>(0.635181422730739f));
-  return {fused_mul_add(polynomial(x, far, V, S), factor, select_by_sign(far, line, zero)),
-          -(polynomial(x, far, Q, R) * factor)};
+  const F slope = fused_mul_add(w, derivative, select_by_sign(far, constant<F>(-0.5f), p));
+  return {fused_mul_add(p, select_by_sign(far, one, t), select_by_sign(far, line, zero)),
+          slope * select_by_sign(far, one, -t)};
 }
 
 // t = exp(-|x|) and 1 / (1 + t), relative error 5e-8: together sigmoid(|x|) and sigmoid(-|x|)
@@ -76,7 +68,7 @@ template <class F, class U> LSF_INLINE Logistic<F> logistic(F x) {
   constexpr float I[] = {-4.527060082182288e-05f, 0.00013581180246546865f, -0.00029425890534184873f,
                          0.0008827766869217157f, -0.0027473594527691603f, 0.008242078125476837f,
                          -0.024690868332982063f, 0.07407260686159134f, -0.222222238779068f, 0.6666666865348816f};
-  const F t = exponential<F, U>(-magnitude(x));
+  const F t = exponential_or_zero<F, U>(-magnitude(x));
   return {t, polynomial(fused_mul_add(t, constant<F>(2.0f), constant<F>(-1.0f)), I)};
 }
 

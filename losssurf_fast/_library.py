@@ -112,6 +112,14 @@ def second_order(formula, inputs, grad, outgoing):
     return tuple(None if t is None else by_input[t] for t in (grad, *inputs))
 
 
+def saved_memory_is_free(grad) -> bool:
+    """Whether the running backward, called with ``grad``, may overwrite what its forward saved for it alone.
+
+    Autograd frees saved tensors after a backward without ``retain_graph``; tracers need functional formulas.
+    """
+    return type(grad) is torch.Tensor and not torch._C._autograd._get_current_graph_task_keep_graph()
+
+
 @contextlib.contextmanager
 def device_guard(tensor: torch.Tensor):
     """Make ``tensor``'s GPU current for a launch; nothing to do elsewhere (the Triton interpreter)."""

@@ -152,7 +152,10 @@ std::tuple<Tensor, Slopes> kl_forward(KL kind, double prior_std, at::TensorList 
   double total = 0;
   for (size_t i = 0; i < chunks.size(); ++i) total += sums[i] * (counts.empty() ? 1 : counts[chunks[i].index]);
   const bool wide = std::any_of(params.begin(), params.end(), [](const Tensor& t) { return t.scalar_type() == at::kDouble; });
-  return {at::scalar_tensor(total, at::dtype(wide ? at::kDouble : at::kFloat)), slopes};
+  const Tensor sum = at::empty({}, params[0].options().dtype(wide ? at::kDouble : at::kFloat));
+  if (wide) *sum.data_ptr<double>() = total;
+  else *sum.data_ptr<float>() = static_cast<float>(total);  // infinite past fp32's range
+  return {sum, slopes};
 }
 
 std::tuple<Tensor, Slopes> kl_log_uniform_cpu(at::TensorList log_alpha, at::TensorList weight, at::IntArrayRef counts,
@@ -170,26 +173,40 @@ std::tuple<Tensor, Slopes> kl_normal_cpu(at::TensorList log_sigma2, at::TensorLi
   return kl_forward(KL::normal, prior_std, log_sigma2, weight, {}, slopes);
 }
 
-Slopes kl_backward_cpu(at::TensorList slopes_in, const Tensor& grad, at::IntArrayRef counts) {
-  const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  const Slopes slopes = contiguous(slopes_in);
-  Slopes grads;
-  for (const Tensor& t : slopes) grads.push_back(at::empty_like(t));
-  const double scale = grad.item<double>();
+// out[i] = slopes[i] grad counts[i], all contiguous; out may be slopes.
+void scale(at::TensorList slopes, const Tensor& grad, at::IntArrayRef counts, at::TensorList out) {
+  const double factor = grad.item<double>();
+  const bool in_place = out.data() == slopes.data();
   const auto kernel = kernels().kl_scale;
   for_chunks(chunks_of(slopes), [&](Chunk chunk, int64_t) {
     const auto [index, begin, n] = chunk;
-    const Tensor &slope = slopes[index], &out = grads[index];
-    const double factor = scale * counts[index];
-    if (slope.scalar_type() == at::kDouble) {
-      const double* in = slope.const_data_ptr<double>() + begin;
-      std::transform(in, in + n, out.data_ptr<double>() + begin, [=](double x) { return factor * x; });
+    const double scale = factor * counts[index];
+    if (in_place && scale == 1) return;
+    if (slopes[index].scalar_type() == at::kDouble) {
+      const double* in = slopes[index].const_data_ptr<double>() + begin;
+      std::transform(in, in + n, out[index].data_ptr<double>() + begin, [=](double x) { return scale * x; });
       return;
     }
-    const Array in = array_of(slope, begin), result = array_of(out, begin);
-    kernel(static_cast<float>(factor), n, &in, &result);
+    const Array in = array_of(slopes[index], begin), result = array_of(out[index], begin);
+    kernel(static_cast<float>(scale), n, &in, &result);
   });
+}
+
+std::vector<Tensor> kl_backward_cpu(at::TensorList slopes_in, const Tensor& grad, at::IntArrayRef counts) {
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  const Slopes slopes = contiguous(slopes_in);
+  std::vector<Tensor> grads;
+  for (const Tensor& t : slopes) grads.push_back(at::empty_like(t));
+  scale(slopes, grad, counts, grads);
   return grads;
+}
+
+void kl_backward__cpu(at::TensorList slopes, const Tensor& grad, at::IntArrayRef counts) {
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  const Slopes dense = contiguous(slopes);
+  scale(dense, grad, counts, dense);
+  for (size_t i = 0; i < slopes.size(); ++i)
+    if (!dense[i].is_same(slopes[i])) slopes[i].copy_(dense[i]);
 }
 
 }  // namespace
@@ -200,4 +217,5 @@ TORCH_LIBRARY_IMPL(losssurf_fast, CPU, m) {
   m.impl("kl_ard", &losssurf::kl_ard_cpu);
   m.impl("kl_normal", &losssurf::kl_normal_cpu);
   m.impl("kl_backward", &losssurf::kl_backward_cpu);
+  m.impl("kl_backward_", &losssurf::kl_backward__cpu);
 }

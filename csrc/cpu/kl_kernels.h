@@ -6,15 +6,19 @@
 
 namespace {
 
-// Sixteen partial sums whatever the number of lanes, then these in order: the same bits for every instruction set.
+// 64 partial sums whatever the number of lanes, then these in order: the same bits for every instruction set.
 LSF_INLINE double sum_in_order(const float* values, ptrdiff_t n) {
-  float partial[16] = {};
+  constexpr int kPartials = 64, kVectors = kPartials / kLanes;
+  Floats sums[kVectors] = {};
   ptrdiff_t i = 0;
-  for (; i + 16 <= n; i += 16)
-    for (int k = 0; k < 16; ++k) partial[k] += values[i + k];
-  for (; i < n; ++i) partial[i % 16] += values[i];
+  for (; i + kPartials <= n; i += kPartials)
+#pragma GCC unroll 16
+    for (int k = 0; k < kVectors; ++k) sums[k] += load(values + i + k * kLanes);
+  float partials[kPartials];
+  for (int k = 0; k < kVectors; ++k) store(partials + k * kLanes, sums[k]);
+  for (int k = 0; i < n; ++i, ++k) partials[k] += values[i];
   double sum = 0;
-  for (int k = 0; k < 16; ++k) sum += partial[k];
+  for (const float partial : partials) sum += partial;
   return sum;
 }
 

@@ -30,7 +30,13 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from losssurf_fast._library import composite_backward, composite_needed, define, register_autograd
+from losssurf_fast._library import (
+    composite_backward,
+    composite_needed,
+    define,
+    register_autograd,
+    saved_memory_is_free,
+)
 
 KL_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 K1, K2, K3 = 0.63576, 1.8732, 1.48695
@@ -164,6 +170,12 @@ def kl_backward_reference(slopes, grad, counts):
     return [(_wide(s) * (grad * count)).to(s.dtype) for s, count in zip(slopes, counts, strict=True)]
 
 
+def kl_backward__reference(slopes, grad, counts):
+    """kl_backward in place."""
+    for slope, result in zip(slopes, kl_backward_reference(slopes, grad, counts), strict=True):
+        slope.copy_(result)
+
+
 def _kl_fake(params, weights, slopes):
     wide = torch.float64 if any(t.dtype == torch.float64 for t in params) else torch.float32
     of = [t.new_empty(t.shape) for t in (*params, *weights)] if slopes else []
@@ -191,6 +203,21 @@ define(
     reference=kl_backward_reference,
     fake=lambda slopes, grad, counts: [s.new_empty(s.shape) for s in slopes],
 )
+define(
+    "kl_backward_(Tensor(a!)[] slopes, Tensor grad, SymInt[] counts) -> ()",
+    reference=kl_backward__reference,
+    fake=lambda slopes, grad, counts: None,
+)
+
+
+def _scale(slopes, grad, counts):
+    """Gradients from slopes, which nothing reads afterwards unless the graph is kept."""
+    if composite_needed():  # a batch of gradients
+        return kl_backward_reference(slopes, grad, counts)
+    if saved_memory_is_free(grad):
+        torch.ops.losssurf_fast.kl_backward_.default(slopes, grad, counts)
+        return slopes
+    return torch.ops.losssurf_fast.kl_backward.default(slopes, grad, counts)
 
 
 def _register(name: str, reference) -> None:
@@ -217,8 +244,7 @@ def _register(name: str, reference) -> None:
                 slopes = op(params, weights, *ctx.options, True)[1]
             counts = ctx.options[0] if name != "kl_normal" else [1] * len(params)
             wanted = [(s, c) for s, c, n in zip(slopes, [*counts, *[1] * len(weights)], needed, strict=True) if n]
-            found = torch.ops.losssurf_fast.kl_backward.default([s for s, _ in wanted], grad, [c for _, c in wanted])
-            found = iter(found)
+            found = iter(_scale([s for s, _ in wanted], grad, [c for _, c in wanted]))
             grads = [next(found) if n else None for n in needed]
         return list(grads[: len(params)]), list(grads[len(params) :]), *[None] * len(ctx.options), None
 
