@@ -4,10 +4,13 @@
 
 namespace {
 
-// Polynomial of exp(x) = 2^n p and the integer n, as the float `shifted` = n + 1.5 2^23.
-template <class F> LSF_INLINE F exponential_mantissa(F x, F& shifted) {
+// exp(x) = 2^n (1 + r + r^2 p) with |r| < 0.35; shifted = n + 1.5 2^23 as a float, whose low bits are n.
+template <class F> struct ExpParts {
+  F r, p, shifted;
+};
+template <class F> LSF_INLINE ExpParts<F> exp_parts(F x) {
   const F shift = constant<F>(12582912.0f);  // 1.5 2^23: adding it rounds to an integer
-  shifted = fused_mul_add(x, constant<F>(1.44269504088896341f), shift);
+  const F shifted = fused_mul_add(x, constant<F>(1.44269504088896341f), shift);
   const F n = shifted - shift;
   F r = fused_mul_add(n, constant<F>(-0.693145751953125f), x);  // ln 2 in two parts, the first exact times n
   r = fused_mul_add(n, constant<F>(-1.42860682030941723e-6f), r);
@@ -17,25 +20,26 @@ template <class F> LSF_INLINE F exponential_mantissa(F x, F& shifted) {
   p = fused_mul_add(p, r, constant<F>(4.1665795894e-2f));
   p = fused_mul_add(p, r, constant<F>(1.6666665459e-1f));
   p = fused_mul_add(p, r, constant<F>(5.0000001201e-1f));
-  return fused_mul_add(p, r * r, r) + constant<F>(1.0f);
+  return {r, p, shifted};
+}
+template <class F> LSF_INLINE F exp_mantissa(ExpParts<F> e) {
+  return fused_mul_add(e.p, e.r * e.r, e.r) + constant<F>(1.0f);
 }
 
 // exp(x) within 1 ulp for every x, subnormal results, 0, inf and NaN included.
 template <class F, class U> LSF_INLINE F exponential(F x) {
-  F shifted;
   // NaN passes minimum and maximum as second argument.
-  const F p = exponential_mantissa(minimum(constant<F>(89.0f), maximum(constant<F>(-104.0f), x)), shifted);
+  const ExpParts<F> e = exp_parts(minimum(constant<F>(89.0f), maximum(constant<F>(-104.0f), x)));
   // 2^n in two factors, so that neither leaves the range of exponents.
-  const U whole = bits_of(shifted) - bits_of(constant<F>(12582912.0f));
+  const U whole = bits_of(e.shifted) - bits_of(constant<F>(12582912.0f));
   const U half = shift_right_signed(whole, 1);
-  return p * float_of((half << 23) + 0x3F800000u) * float_of(((whole - half) << 23) + 0x3F800000u);
+  return exp_mantissa(e) * float_of((half << 23) + 0x3F800000u) * float_of(((whole - half) << 23) + 0x3F800000u);
 }
 
 // exp(x) for x < 88, 0 where it is below 2^-126.5: without the steps, and the CPU's traps, of subnormal numbers.
 template <class F, class U> LSF_INLINE F exponential_or_zero(F x) {
-  F shifted;
-  const F p = exponential_mantissa(maximum(constant<F>(-88.0f), x), shifted);  // at -88, n = -127: the factor is 0
-  return p * float_of((bits_of(shifted) << 23) + 0x3F800000u);  // the shift's own bits leave at the top
+  const ExpParts<F> e = exp_parts(maximum(constant<F>(-88.0f), x));  // at -88, n = -127: the factor is 0
+  return exp_mantissa(e) * float_of((bits_of(e.shifted) << 23) + 0x3F800000u);  // only n stays in 32 bits
 }
 
 }  // namespace

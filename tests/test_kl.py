@@ -14,11 +14,9 @@ from losssurf_fast.ops import kl
 OP = torch.ops.losssurf_fast
 DTYPES = [F64, F32, BF16, F16]
 SHAPES = [(1,), (17, 33), (2048,), (2049,), (3, 5000), (0,), (4, 0)]
-PRIORS = {  # name: (operator, reference, options between the tensors and `slopes`), counts left out
-    "exact": (OP.kl_log_uniform, kl.kl_log_uniform_reference, (True,)),
-    "approximate": (OP.kl_log_uniform, kl.kl_log_uniform_reference, (False,)),
-    "ard": (OP.kl_ard, kl.kl_ard_reference, ()),
-}
+OPTIONS = {"exact": (True,), "approximate": (False,), "ard": (), "normal": (0.7,)}
+PRIORS = ["exact", "approximate", "ard"]  # on log_alpha
+NAMES = list(OPTIONS)
 
 
 def sample(shape, dtype=F32, weight=False, seed=0):
@@ -40,15 +38,17 @@ def public(name):
     }[name]
 
 
-def operator(name):
-    """(operator, reference) of one tensor list each, as f(params, weights, slopes)."""
-    if name == "normal":
-        return tuple(lambda p, w, s=True, f=f: f(p, w, 0.7, s) for f in (OP.kl_normal, kl.kl_normal_reference))
-    op, reference, options = PRIORS[name]
-    return tuple(lambda p, w, s=True, f=f: f(p, w, [1] * len(p), *options, s) for f in (op, reference))
+def functions(name):
+    """(operator, its reference, operator with slopes, its reference) as f(params, weights)."""
+    stem = {"ard": "kl_ard", "normal": "kl_normal"}.get(name, "kl_log_uniform")
+    found = (
+        getattr(OP, stem),
+        getattr(kl, f"{stem}_reference"),
+        getattr(OP, f"{stem}_slopes"),
+        getattr(kl, f"{stem}_slopes_reference"),
+    )
+    return [lambda p, w, f=f: f(p, w, [1] * len(p), *OPTIONS[name]) for f in found]
 
-
-NAMES = [*PRIORS, "normal"]
 
 # ---- values ---------------------------------------------------------------------------------------------------------
 
@@ -104,15 +104,15 @@ def test_kl_log_uniform_is_the_integral_of_dawsons_function():
 def test_kl_relative_error(name, isa):
     """Value and slope of every single weight within 1e-6 of float64, over log_alpha in [-20, 20]."""
     log_alpha = torch.cat([torch.linspace(-20, 20, 801), torch.linspace(-3, -2, 400)])
-    op, reference = operator(name)
+    op, reference, slopes_op, slopes_reference = functions(name)
     with instruction_set(isa) as available:
         if not available:
             pytest.skip(f"this CPU has no {isa}")
-        values = torch.stack([op([t.reshape(1)], [], False)[0] for t in log_alpha])
-        slopes = op([log_alpha], [])[1][0]
-    exact = torch.stack([reference([t.reshape(1)], [], False)[0] for t in log_alpha.double()])
+        values = torch.stack([op([t.reshape(1)], []) for t in log_alpha])
+        slopes = slopes_op([log_alpha], [])[1][0]
+    exact = torch.stack([reference([t.reshape(1)], []) for t in log_alpha.double()])
     torch.testing.assert_close(values.double(), exact, rtol=1e-6, atol=0)
-    torch.testing.assert_close(slopes.double(), reference([log_alpha.double()], [])[1][0], rtol=1e-6, atol=0)
+    torch.testing.assert_close(slopes.double(), slopes_reference([log_alpha.double()], [])[1][0], rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("weight", [False, True])
@@ -120,7 +120,7 @@ def test_kl_relative_error(name, isa):
 @pytest.mark.parametrize("isa", INSTRUCTION_SETS)
 def test_kl_as_good_as_eager(name, weight, isa):
     """Sum and slopes, every dtype, odd shape and instruction set."""
-    op, reference = operator(name)
+    _, _, op, reference = functions(name)
     with instruction_set(isa) as available:
         if not available:
             pytest.skip(f"this CPU has no {isa}")
@@ -128,9 +128,7 @@ def test_kl_as_good_as_eager(name, weight, isa):
             params, weights = sample(shape, dtype, weight)
             value, slopes = op(params, weights)
             eager_value, eager_slopes = reference(params, weights)
-            exact_value, _ = reference(double(params), double(weights), False)
-            # Slopes to full precision, not rounded to the parameters' dtype.
-            exact_slopes = reference(double(params), double(weights))[1]
+            exact_value, exact_slopes = reference(double(params), double(weights))
             assert_as_good_as_eager(value, eager_value, exact_value)
             assert [s.shape for s in slopes] == [t.shape for t in (*params, *weights)]
             for ours, eager, exact in zip(slopes, eager_slopes, exact_slopes, strict=True):
@@ -141,11 +139,11 @@ def test_kl_as_good_as_eager(name, weight, isa):
 @pytest.mark.parametrize("name", NAMES)
 def test_kl_slopes_reference_is_the_gradient(name, weight):
     """The written-out slopes equal autograd of the reference's value in float64, and the kernel's."""
-    op, reference = operator(name)
+    _, reference, slopes_op, slopes_reference = functions(name)
     params, weights = sample((6, 50), F64, weight)
     inputs = [t.detach().clone().requires_grad_() for t in (*params, *weights)]
-    expected = torch.autograd.grad(reference(inputs[:1], inputs[1:], False)[0], inputs)
-    for slopes in (reference(params, weights)[1], op(params, weights)[1]):
+    expected = torch.autograd.grad(reference(inputs[:1], inputs[1:]), inputs)
+    for slopes in (slopes_reference(params, weights)[1], slopes_op(params, weights)[1]):
         for slope, grad in zip(slopes, expected, strict=True):
             torch.testing.assert_close(slope, grad, rtol=1e-9, atol=1e-12)
 
@@ -153,7 +151,7 @@ def test_kl_slopes_reference_is_the_gradient(name, weight):
 @pytest.mark.parametrize("name", NAMES)
 def test_kl_same_bits_everywhere(name):
     """Sum and slopes do not depend on threads, instruction set or whether slopes are wanted."""
-    op, _ = operator(name)
+    op, _, slopes_op, _ = functions(name)
     params, weights = [], []
     for i, shape in enumerate([(100, 700), (5,), (3000,), (0,)]):
         p, w = sample(shape, weight=True, seed=i)
@@ -164,9 +162,9 @@ def test_kl_same_bits_everywhere(name):
         for count, isa in itertools.product((1, 2), INSTRUCTION_SETS):
             torch.set_num_threads(count)
             with instruction_set(isa):
-                value, slopes = op(params, weights)
-                assert torch.equal(value, op(params, weights, False)[0])
-                results.append((value, *slopes, op(params, [])[0]))
+                value, slopes = slopes_op(params, weights)
+                assert torch.equal(value, op(params, weights))
+                results.append((value, *slopes, op(params, [])))
     finally:
         torch.set_num_threads(threads)
     for other in results[1:]:
@@ -253,7 +251,7 @@ def test_kl_list_is_the_sum(name):
     params, weights = [], []
     for i in range(100):
         p, w = sample((i % 7, 60), [F32, BF16, F16][i % 3], True, seed=i)
-        params, weights = params + p, weights + [w[0].to(F32)]
+        params, weights = [*params, *p], [*weights, w[0].to(F32)]
     one_by_one = sum(public(name)(p, w).double() for p, w in zip(params, weights, strict=True))
     together = public(name)(params, weights)
     assert together.dtype == F32 and together.shape == ()
@@ -283,7 +281,7 @@ def test_kl_expanded_and_transposed():
         torch.testing.assert_close(ops.kl_log_uniform(view), ops.kl_log_uniform(view.contiguous()))
         leaf = view.detach().requires_grad_()
         (grad,) = torch.autograd.grad(ops.kl_log_uniform(leaf), leaf)
-        torch.testing.assert_close(grad, operator("exact")[1]([view.contiguous()], [])[1][0])
+        torch.testing.assert_close(grad, functions("exact")[3]([view.contiguous()], [])[1][0])
 
 
 # ---- gradients ------------------------------------------------------------------------------------------------------
@@ -337,15 +335,6 @@ def test_kl_retained_graph_and_accumulation():
     torch.testing.assert_close(batch[1], first)
 
 
-def test_kl_operator_without_slopes_is_differentiable():
-    params, _ = sample((5, 6))
-    leaf = params[0].clone().requires_grad_()
-    value, slopes = OP.kl_log_uniform([leaf], [], [1])
-    assert slopes == []
-    (grad,) = torch.autograd.grad(value, leaf)
-    assert torch.equal(grad, OP.kl_log_uniform(params, [], [1], True, True)[1][0])
-
-
 # ---- ways of calling ------------------------------------------------------------------------------------------------
 
 
@@ -356,9 +345,10 @@ def test_kl_opcheck(name, grad):
         params, weights = (
             [t.clone().requires_grad_(grad) for t in tensors] for tensors in sample((5, 4), dtype, weight)
         )
-        options = (0.7, grad) if name == "normal" else ([3], *PRIORS[name][2], grad)
-        op = OP.kl_normal if name == "normal" else PRIORS[name][0]
-        torch.library.opcheck(op, (params, weights, *options))
+        stem = {"ard": "kl_ard", "normal": "kl_normal"}.get(name, "kl_log_uniform")
+        torch.library.opcheck(getattr(OP, stem), (params, weights, [3], *OPTIONS[name]))
+        if not grad:
+            torch.library.opcheck(getattr(OP, f"{stem}_slopes"), (params, weights, [3], *OPTIONS[name]))
     slopes = [torch.randn(5), torch.randn(3, 2).to(BF16)]
     torch.library.opcheck(OP.kl_backward, (slopes, torch.tensor(2.0), [1, 7]))
     torch.library.opcheck(OP.kl_backward_, (slopes, torch.tensor(2.0), [1, 7]))
@@ -394,16 +384,14 @@ def test_kl_compile(name):
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     value, expected = compiled(*inputs), function(*inputs)
     torch.testing.assert_close(value, expected)
-    for ours, theirs in zip(
-        torch.autograd.grad(value, inputs), torch.autograd.grad(expected, inputs), strict=True
-    ):
+    for ours, theirs in zip(torch.autograd.grad(value, inputs), torch.autograd.grad(expected, inputs), strict=True):
         torch.testing.assert_close(ours, theirs)
 
 
 def test_kl_autocast_does_not_touch_it():
     log_alpha = torch.randn(30)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(ops.kl_log_uniform(log_alpha), operator("exact")[0]([log_alpha], [])[0])
+        assert torch.equal(ops.kl_log_uniform(log_alpha), functions("exact")[0]([log_alpha], []))
 
 
 # ---- refusals -------------------------------------------------------------------------------------------------------

@@ -118,7 +118,7 @@ std::vector<Tensor> contiguous(at::TensorList tensors) {
   return result;
 }
 
-// (sum_i counts[i] sum KL(params[i], weights[i]), slopes to params then weights); counts and weights may be empty.
+// (sum_i counts[i] sum KL(params[i], weights[i]), slopes to params then weights); weights may be empty.
 std::tuple<Tensor, Slopes> kl_forward(KL kind, double prior_std, at::TensorList params_in, at::TensorList weights_in,
                                       at::IntArrayRef counts, bool want_slopes) {
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
@@ -150,7 +150,7 @@ std::tuple<Tensor, Slopes> kl_forward(KL kind, double prior_std, at::TensorList 
   });
   // In the order of the chunks: the same bits for any number of threads.
   double total = 0;
-  for (size_t i = 0; i < chunks.size(); ++i) total += sums[i] * (counts.empty() ? 1 : counts[chunks[i].index]);
+  for (size_t i = 0; i < chunks.size(); ++i) total += sums[i] * counts[chunks[i].index];
   const bool wide = std::any_of(params.begin(), params.end(), [](const Tensor& t) { return t.scalar_type() == at::kDouble; });
   const Tensor sum = at::empty({}, params[0].options().dtype(wide ? at::kDouble : at::kFloat));
   if (wide) *sum.data_ptr<double>() = total;
@@ -158,19 +158,28 @@ std::tuple<Tensor, Slopes> kl_forward(KL kind, double prior_std, at::TensorList 
   return {sum, slopes};
 }
 
-std::tuple<Tensor, Slopes> kl_log_uniform_cpu(at::TensorList log_alpha, at::TensorList weight, at::IntArrayRef counts,
-                                              bool exact, bool slopes) {
-  return kl_forward(exact ? KL::log_uniform : KL::log_uniform_approximate, 1, log_alpha, weight, counts, slopes);
-}
+KL log_uniform_kind(bool exact) { return exact ? KL::log_uniform : KL::log_uniform_approximate; }
 
-std::tuple<Tensor, Slopes> kl_ard_cpu(at::TensorList log_alpha, at::TensorList weight, at::IntArrayRef counts,
-                                      bool slopes) {
-  return kl_forward(KL::ard, 1, log_alpha, weight, counts, slopes);
+Tensor kl_log_uniform_cpu(at::TensorList log_alpha, at::TensorList weight, at::IntArrayRef counts, bool exact) {
+  return std::get<0>(kl_forward(log_uniform_kind(exact), 1, log_alpha, weight, counts, false));
 }
-
-std::tuple<Tensor, Slopes> kl_normal_cpu(at::TensorList log_sigma2, at::TensorList weight, double prior_std,
-                                         bool slopes) {
-  return kl_forward(KL::normal, prior_std, log_sigma2, weight, {}, slopes);
+std::tuple<Tensor, Slopes> kl_log_uniform_slopes_cpu(at::TensorList log_alpha, at::TensorList weight,
+                                                     at::IntArrayRef counts, bool exact) {
+  return kl_forward(log_uniform_kind(exact), 1, log_alpha, weight, counts, true);
+}
+Tensor kl_ard_cpu(at::TensorList log_alpha, at::TensorList weight, at::IntArrayRef counts) {
+  return std::get<0>(kl_forward(KL::ard, 1, log_alpha, weight, counts, false));
+}
+std::tuple<Tensor, Slopes> kl_ard_slopes_cpu(at::TensorList log_alpha, at::TensorList weight,
+                                             at::IntArrayRef counts) {
+  return kl_forward(KL::ard, 1, log_alpha, weight, counts, true);
+}
+Tensor kl_normal_cpu(at::TensorList log_sigma2, at::TensorList weight, at::IntArrayRef counts, double prior_std) {
+  return std::get<0>(kl_forward(KL::normal, prior_std, log_sigma2, weight, counts, false));
+}
+std::tuple<Tensor, Slopes> kl_normal_slopes_cpu(at::TensorList log_sigma2, at::TensorList weight,
+                                                at::IntArrayRef counts, double prior_std) {
+  return kl_forward(KL::normal, prior_std, log_sigma2, weight, counts, true);
 }
 
 // out[i] = slopes[i] grad counts[i], all contiguous; out may be slopes.
@@ -214,8 +223,11 @@ void kl_backward__cpu(at::TensorList slopes, const Tensor& grad, at::IntArrayRef
 
 TORCH_LIBRARY_IMPL(losssurf_fast, CPU, m) {
   m.impl("kl_log_uniform", &losssurf::kl_log_uniform_cpu);
+  m.impl("kl_log_uniform_slopes", &losssurf::kl_log_uniform_slopes_cpu);
   m.impl("kl_ard", &losssurf::kl_ard_cpu);
+  m.impl("kl_ard_slopes", &losssurf::kl_ard_slopes_cpu);
   m.impl("kl_normal", &losssurf::kl_normal_cpu);
+  m.impl("kl_normal_slopes", &losssurf::kl_normal_slopes_cpu);
   m.impl("kl_backward", &losssurf::kl_backward_cpu);
   m.impl("kl_backward_", &losssurf::kl_backward__cpu);
 }

@@ -40,7 +40,7 @@ LSF_INLINE double sum_and_slopes(int64_t n, const Array* in, const Array* slopes
   return sum_in_order(values, n);
 }
 
-// Within the finite numbers of a dtype: dlog_alpha / dweight = -2 / weight leaves them near 0.
+// Within the finite numbers of a dtype, which dlog_alpha / dweight = -2 / weight leaves near 0.
 LSF_INLINE Floats saturate(Floats x, DType dtype) {
   const Floats limit = splat(dtype == DType::f16 ? 65504.0f : 3.3895313892515355e38f);
   return minimum(limit, maximum(-limit, x));
@@ -62,14 +62,15 @@ LSF_INLINE double sum_of(int64_t n, const Array* in, const Array* slopes) {
 
 LSF_INLINE double sum_of_normal(Prior prior, int64_t n, const Array* in, const Array* slopes) {
   const Floats precision = splat(prior.precision), log_variance = splat(prior.log_variance);
+  const DType dtype = slopes ? slopes[0].dtype : DType::f32;
   if (!in[1].data)
     return sum_and_slopes<1>(n, in, slopes, [=](const Floats* x, Floats* y) {
       const KLTerm<Floats> term = kl_normal<Floats, Words>(splat(0.0f), x[0], precision, log_variance);
-      y[0] = term.value, y[1] = term.slope;
+      y[0] = term.value, y[1] = saturate(term.slope, dtype);
     });
   return sum_and_slopes<2>(n, in, slopes, [=](const Floats* x, Floats* y) {
     const KLTerm<Floats> term = kl_normal<Floats, Words>(x[1], x[0], precision, log_variance);
-    y[0] = term.value, y[1] = term.slope, y[2] = x[1] * precision;
+    y[0] = term.value, y[1] = saturate(term.slope, dtype), y[2] = x[1] * precision;
   });
 }
 

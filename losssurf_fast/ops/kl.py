@@ -34,7 +34,7 @@ from losssurf_fast._library import (
     composite_backward,
     composite_needed,
     define,
-    register_autograd,
+    register_autograd_kernel,
     saved_memory_is_free,
 )
 
@@ -108,61 +108,82 @@ def _of_weight(term, log_sigma2, weight):
     return value.sum(), [slope, torch.where(zero, 0.0, -2 * slope / torch.where(zero, 1.0, weight))]
 
 
-def _collect(params, weights, counts, want_slopes, parts):
-    """Add up the (sum, slopes) of every tensor; slopes as the operators return them."""
-    wide = torch.float64 if any(t.dtype == torch.float64 for t in params) else torch.float32
-    total = params[0].new_zeros((), dtype=wide)
-    slopes = []
+def _result_dtype(params) -> torch.dtype:
+    return torch.float64 if any(t.dtype == torch.float64 for t in params) else torch.float32
+
+
+def _collect(params, counts, parts):
+    """(sum of counts[i] value_i, slopes to params then weights) of the (value, slopes) of each tensor."""
+    total, slopes = params[0].new_zeros((), dtype=_result_dtype(params)), []
     for (value, slope), count in zip(parts, counts, strict=True):
         total = total + count * value
         slopes.append(slope)
-    if not want_slopes:
-        return total, []
-    limits = [torch.finfo(t.dtype).max for t in (*params, *weights)]
-    flat = [slope[0] for slope in slopes] + [slope[1] for slope in slopes if weights]
-    return total, [
-        s.clamp(-limit, limit).to(t.dtype).contiguous()
-        for s, t, limit in zip(flat, (*params, *weights), limits, strict=True)
-    ]
+    return total, [slope for slopes_of_input in zip(*slopes, strict=True) for slope in slopes_of_input]
 
 
-def _prior_reference(term, log_alpha, weight, counts, slopes):
-    parts = map(functools.partial(_of_weight, term), log_alpha, weight) if weight else (
-        _of_log_alpha(term, t) for t in log_alpha
-    )
-    return _collect(log_alpha, weight, counts, slopes, parts)
+def _log_alpha_reference(term, log_alpha, weight, counts):
+    if weight:
+        parts = [_of_weight(term, s, w) for s, w in zip(log_alpha, weight, strict=True)]
+    else:
+        parts = [_of_log_alpha(term, t) for t in log_alpha]
+    return _collect(log_alpha, counts, parts)
+
+
+def _rounded(result, params, weights):
+    """Slopes as the operators return them: in the parameters' dtypes, within their finite numbers."""
+    value, slopes = result
+    rounded = []
+    for slope, t in zip(slopes, (*params, *weights), strict=True):
+        limit = torch.finfo(t.dtype).max
+        rounded.append(slope.clamp(-limit, limit).to(t.dtype).contiguous())
+    return value, rounded
 
 
 # ---- operators ------------------------------------------------------------------------------------------------------
+# Each divergence is two operators: `<name>` returns the sum over all weights, `<name>_slopes` returns (sum, slopes).
+# Their arguments: `log_alpha`, a list of tensors; `weight`, an empty list, or one tensor for each, in which case
+# log_alpha is log_sigma2; `counts`, how many weights an element of each tensor covers; options. The slopes are
+# dKL / dlog_alpha of one weight for each element of log_alpha, then those to the weights.
 
 
-def kl_log_uniform_reference(log_alpha, weight, counts, exact=True, slopes=False):
-    """(KL, slopes): ``log_alpha`` P tensors, ``weight`` none or P (then log_alpha is log_sigma2), ``counts`` P ints.
-
-    ``counts[i]`` is how many weights one element of ``log_alpha[i]`` covers. The slopes, wanted or an empty list, are
-    dKL / dlog_alpha of one weight for each element of log_alpha, then dKL / dweight.
-    """
-    return _prior_reference(_log_uniform if exact else _log_uniform_approximate, log_alpha, weight, counts, slopes)
+def _log_uniform_result(log_alpha, weight, counts, exact):
+    return _log_alpha_reference(_log_uniform if exact else _log_uniform_approximate, log_alpha, weight, counts)
 
 
-def kl_ard_reference(log_alpha, weight, counts, slopes=False):
-    """(KL, slopes) as kl_log_uniform_reference."""
-    return _prior_reference(_ard, log_alpha, weight, counts, slopes)
+def kl_log_uniform_reference(log_alpha, weight, counts, exact):
+    return _log_uniform_result(log_alpha, weight, counts, exact)[0]
 
 
-def kl_normal_reference(log_sigma2, weight, prior_std=1.0, slopes=False):
-    """(KL, slopes) of ``log_sigma2``, P tensors, and ``weight``, none (zero means) or P."""
+def kl_log_uniform_slopes_reference(log_alpha, weight, counts, exact):
+    return _rounded(_log_uniform_result(log_alpha, weight, counts, exact), log_alpha, weight)
 
+
+def kl_ard_reference(log_alpha, weight, counts):
+    return _log_alpha_reference(_ard, log_alpha, weight, counts)[0]
+
+
+def kl_ard_slopes_reference(log_alpha, weight, counts):
+    return _rounded(_log_alpha_reference(_ard, log_alpha, weight, counts), log_alpha, weight)
+
+
+def _normal_result(log_sigma2, weight, counts, prior_std):
     def part(log_sigma2, weight=None):
         x = _wide(log_sigma2) - 2 * math.log(prior_std)
-        ratio = torch.expm1(x)
+        growth = torch.expm1(x)
         if weight is None:
-            return 0.5 * (ratio - x).sum(), [0.5 * ratio]
+            return 0.5 * (growth - x).sum(), [0.5 * growth]
         scaled = _wide(weight) / prior_std
-        return 0.5 * (ratio - x + scaled.square()).sum(), [0.5 * ratio, scaled / prior_std]
+        return 0.5 * (growth - x + scaled.square()).sum(), [0.5 * growth, scaled / prior_std]
 
-    parts = map(part, log_sigma2, weight) if weight else map(part, log_sigma2)
-    return _collect(log_sigma2, weight, [1] * len(log_sigma2), slopes, parts)
+    return _collect(log_sigma2, counts, map(part, log_sigma2, weight) if weight else map(part, log_sigma2))
+
+
+def kl_normal_reference(log_sigma2, weight, counts, prior_std):
+    return _normal_result(log_sigma2, weight, counts, prior_std)[0]
+
+
+def kl_normal_slopes_reference(log_sigma2, weight, counts, prior_std):
+    return _rounded(_normal_result(log_sigma2, weight, counts, prior_std), log_sigma2, weight)
 
 
 def kl_backward_reference(slopes, grad, counts):
@@ -176,28 +197,6 @@ def kl_backward__reference(slopes, grad, counts):
         slope.copy_(result)
 
 
-def _kl_fake(params, weights, slopes):
-    wide = torch.float64 if any(t.dtype == torch.float64 for t in params) else torch.float32
-    of = [t.new_empty(t.shape) for t in (*params, *weights)] if slopes else []
-    return params[0].new_empty((), dtype=wide), of
-
-
-define(
-    "kl_log_uniform(Tensor[] log_alpha, Tensor[] weight, SymInt[] counts, bool exact=True, bool slopes=False) "
-    "-> (Tensor, Tensor[])",
-    reference=kl_log_uniform_reference,
-    fake=lambda log_alpha, weight, counts, exact=True, slopes=False: _kl_fake(log_alpha, weight, slopes),
-)
-define(
-    "kl_ard(Tensor[] log_alpha, Tensor[] weight, SymInt[] counts, bool slopes=False) -> (Tensor, Tensor[])",
-    reference=kl_ard_reference,
-    fake=lambda log_alpha, weight, counts, slopes=False: _kl_fake(log_alpha, weight, slopes),
-)
-define(
-    "kl_normal(Tensor[] log_sigma2, Tensor[] weight, float prior_std=1.0, bool slopes=False) -> (Tensor, Tensor[])",
-    reference=kl_normal_reference,
-    fake=lambda log_sigma2, weight, prior_std=1.0, slopes=False: _kl_fake(log_sigma2, weight, slopes),
-)
 define(
     "kl_backward(Tensor[] slopes, Tensor grad, SymInt[] counts) -> Tensor[]",
     reference=kl_backward_reference,
@@ -211,49 +210,81 @@ define(
 
 
 def _scale(slopes, grad, counts):
-    """Gradients from slopes, which nothing reads afterwards unless the graph is kept."""
-    if composite_needed():  # a batch of gradients
+    """Gradients from slopes that this backward alone can see."""
+    if type(grad) is not torch.Tensor:  # a tracer's
+        return torch.ops.losssurf_fast.kl_backward.default(slopes, grad, counts)
+    if composite_needed() or torch._C._functorch.is_legacy_batchedtensor(grad):  # a batch of gradients
         return kl_backward_reference(slopes, grad, counts)
-    if saved_memory_is_free(grad):
+    if saved_memory_is_free():
         torch.ops.losssurf_fast.kl_backward_.default(slopes, grad, counts)
         return slopes
     return torch.ops.losssurf_fast.kl_backward.default(slopes, grad, counts)
 
 
-def _register(name: str, reference) -> None:
-    """Autograd of one of the divergences, whose arguments are (params, weights, *options, slopes)."""
-    op = getattr(torch.ops.losssurf_fast, name).default
+class _Divergence(torch.autograd.Function):
+    """Keeps the slopes of the forward pass for backward; an operator's own outputs could not be overwritten there."""
 
-    def setup(ctx, inputs, output):
-        params, weights, *ctx.options, _ = inputs
-        ctx.num_params = len(params)
-        ctx.num_inputs = len(params) + len(weights)
-        ctx.save_for_backward(*params, *weights, *output[1])
-        ctx.mark_non_differentiable(*output[1])
-        ctx.set_materialize_grads(False)  # the slopes' would be zeros, one per parameter
+    @staticmethod
+    def forward(ctx, slopes_op, reference, num_params, counts, options, *tensors):
+        params, weights = list(tensors[:num_params]), list(tensors[num_params:])
+        value, slopes = slopes_op(params, weights, counts, *options)
+        ctx.reference, ctx.num_params, ctx.counts, ctx.options = reference, num_params, counts, options
+        ctx.save_for_backward(*tensors, *slopes)
+        return value
 
-    def backward(ctx, grad, _):
-        inputs, slopes = ctx.saved_tensors[: ctx.num_inputs], ctx.saved_tensors[ctx.num_inputs :]
-        params, weights = list(inputs[: ctx.num_params]), list(inputs[ctx.num_params :])
-        needed = [*ctx.needs_input_grad[0], *ctx.needs_input_grad[1]]
+    @staticmethod
+    def backward(ctx, grad):
+        needed = ctx.needs_input_grad[5:]
+        tensors, slopes = ctx.saved_tensors[: len(needed)], ctx.saved_tensors[len(needed) :]
         if torch.is_grad_enabled():  # double backward
-            formula = lambda *t: reference(t[: len(params)], t[len(params) :], *ctx.options)[0]
-            grads = composite_backward(formula, inputs, grad, needed)
-        else:
-            if not slopes:
-                slopes = op(params, weights, *ctx.options, True)[1]
-            counts = ctx.options[0] if name != "kl_normal" else [1] * len(params)
-            wanted = [(s, c) for s, c, n in zip(slopes, [*counts, *[1] * len(weights)], needed, strict=True) if n]
-            found = iter(_scale([s for s, _ in wanted], grad, [c for _, c in wanted]))
-            grads = [next(found) if n else None for n in needed]
-        return list(grads[: len(params)]), list(grads[len(params) :]), *[None] * len(ctx.options), None
-
-    register_autograd(name, backward, setup)
+            n = ctx.num_params
+            formula = lambda *t: ctx.reference(t[:n], t[n:], ctx.counts, *ctx.options)
+            return None, None, None, None, None, *composite_backward(formula, tensors, grad, needed)
+        counts = [*ctx.counts, *[1] * (len(needed) - ctx.num_params)]
+        wanted = [i for i, need in enumerate(needed) if need]
+        found = iter(_scale([slopes[i] for i in wanted], grad, [counts[i] for i in wanted]))
+        return None, None, None, None, None, *(next(found) if need else None for need in needed)
 
 
-_register("kl_log_uniform", kl_log_uniform_reference)
-_register("kl_ard", kl_ard_reference)
-_register("kl_normal", kl_normal_reference)
+def _define(name: str, arguments: str, reference, slopes_reference) -> None:
+    define(
+        f"{name}({arguments}) -> Tensor",
+        reference=reference,
+        fake=lambda params, *_: params[0].new_empty((), dtype=_result_dtype(params)),
+    )
+    define(
+        f"{name}_slopes({arguments}) -> (Tensor, Tensor[])",
+        reference=slopes_reference,
+        fake=lambda params, weights, *_: (
+            params[0].new_empty((), dtype=_result_dtype(params)),
+            [t.new_empty(t.shape) for t in (*params, *weights)],
+        ),
+    )
+    op = getattr(torch.ops.losssurf_fast, name).default
+    slopes_op = getattr(torch.ops.losssurf_fast, f"{name}_slopes").default
+
+    def autograd(params, weights, counts, *options):
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (*params, *weights)):
+            return _Divergence.apply(slopes_op, reference, len(params), counts, options, *params, *weights)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(params, weights, counts, *options)
+
+    register_autograd_kernel(name, autograd)
+
+
+_define(
+    "kl_log_uniform",
+    "Tensor[] log_alpha, Tensor[] weight, SymInt[] counts, bool exact",
+    kl_log_uniform_reference,
+    kl_log_uniform_slopes_reference,
+)
+_define("kl_ard", "Tensor[] log_alpha, Tensor[] weight, SymInt[] counts", kl_ard_reference, kl_ard_slopes_reference)
+_define(
+    "kl_normal",
+    "Tensor[] log_sigma2, Tensor[] weight, SymInt[] counts, float prior_std",
+    kl_normal_reference,
+    kl_normal_slopes_reference,
+)
 
 # ---- public functions -----------------------------------------------------------------------------------------------
 
@@ -314,11 +345,9 @@ def _as_counts(name: str, params: list[torch.Tensor], has_weight: bool, numel: i
     return [n // max(t.numel(), 1) for t, n in zip(params, numels, strict=True)]
 
 
-def _call(name: str, reference, params, weights, *options) -> torch.Tensor:
-    if composite_needed():
-        return reference(params, weights, *options)[0]
-    slopes = torch.is_grad_enabled() and any(t.requires_grad for t in (*params, *weights))
-    return getattr(torch.ops.losssurf_fast, name).default(params, weights, *options, slopes)[0]
+def _call(name: str, reference, *arguments) -> torch.Tensor:
+    function = reference if composite_needed() else getattr(torch.ops.losssurf_fast, name).default
+    return function(*arguments)
 
 
 def kl_log_uniform(
@@ -386,4 +415,4 @@ def kl_normal(weight: Tensors | None, log_sigma2: Tensors, prior_std: float = 1.
         raise TypeError(f"kl_normal: prior_std must be a number, got {type(prior_std).__name__}")
     if not 0 < prior_std < math.inf:
         raise ValueError(f"kl_normal: prior_std must be positive and finite, got {prior_std}")
-    return _call("kl_normal", kl_normal_reference, params, weights, float(prior_std))
+    return _call("kl_normal", kl_normal_reference, params, weights, [1] * len(params), float(prior_std))
