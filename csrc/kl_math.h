@@ -2,7 +2,7 @@
 //
 // ops/kl.py has the formulas. Every polynomial is minimax: Remez exchange in double precision on 4001 Chebyshev points
 // against the integral of ops/kl.py, relative error where the result is a factor, coefficients rounded to fp32 and
-// listed from the highest power down. No division, no logarithm: both come out of one exponential.
+// listed from the highest power down. Value and slope come out of one exponential, without a logarithm.
 #pragma once
 #include "elementary.h"
 #include "philox.h"  // minus_two_log
@@ -14,19 +14,7 @@ template <class F> struct KLTerm {
   F value, slope;
 };
 
-// a where x < bound, else b
-template <class F> LSF_INLINE F below(F x, float bound, F a, F b) {
-  return select_by_sign(bits_of(x - constant<F>(bound)), a, b);
-}
 template <class F> LSF_INLINE F magnitude(F x) { return maximum(-x, x); }
-
-// Horner's rule
-template <class F, int kCount> LSF_INLINE F polynomial(F x, const float (&a)[kCount]) {
-  F result = constant<F>(a[0]);
-#pragma GCC unroll 16
-  for (int k = 1; k < kCount; ++k) result = fused_mul_add(result, x, constant<F>(a[k]));
-  return result;
-}
 
 // Exact log-uniform KL. With lambda = 1 / alpha, on either side of lambda = 12:
 //   lambda <= 12:  KL = lambda S,                                in x = 1 - lambda / 12
@@ -60,40 +48,40 @@ template <class F, class U> LSF_INLINE KLTerm<F> kl_log_uniform_exact(F log_alph
           slope * select_by_sign(far, one, -t)};
 }
 
-// t = exp(-|x|) and 1 / (1 + t), relative error 5e-8: together sigmoid(|x|) and sigmoid(-|x|)
-template <class F> struct Logistic {
-  F t, inverse;
-};
-template <class F, class U> LSF_INLINE Logistic<F> logistic(F x) {
-  constexpr float I[] = {-4.527060082182288e-05f, 0.00013581180246546865f, -0.00029425890534184873f,
-                         0.0008827766869217157f, -0.0027473594527691603f, 0.008242078125476837f,
-                         -0.024690868332982063f, 0.07407260686159134f, -0.222222238779068f, 0.6666666865348816f};
-  const F t = exponential_or_zero<F, U>(-magnitude(x));
-  return {t, polynomial(fused_mul_add(t, constant<F>(2.0f), constant<F>(-1.0f)), I)};
-}
-
-// softplus(-log_alpha) / 2 and its slope
-template <class F, class U> LSF_INLINE KLTerm<F> kl_ard(F log_alpha) {
-  // ln(1 + t) / t on [0, 1], relative error 5e-9
+// softplus(-log_alpha) / 2, without its slope, from t = exp(-|log_alpha|)
+template <class F> LSF_INLINE F half_softplus(F log_alpha, F t) {
+  // ln(1 + t) / t on [0, 1] in 2 t - 1, relative error 5e-9
   constexpr float L[] = {-6.33598756394349e-06f, 2.0520894395303912e-05f, -5.273368151392788e-05f,
                          0.00018087736680172384f, -0.0006428217166103423f, 0.002289717085659504f,
                          -0.00846096221357584f, 0.033152252435684204f, -0.14426355063915253f, 0.8109301924705505f};
-  const Logistic<F> s = logistic<F, U>(log_alpha);
-  const F half = constant<F>(0.5f);
-  const F log1p_t = s.t * polynomial(fused_mul_add(s.t, constant<F>(2.0f), constant<F>(-1.0f)), L);
-  const F sigmoid = s.inverse * below(log_alpha, 0.0f, constant<F>(1.0f), s.t);  // of -log_alpha
-  return {half * (below(log_alpha, 0.0f, -log_alpha, constant<F>(0.0f)) + log1p_t), -half * sigmoid};
+  const F x = fused_mul_add(t, constant<F>(2.0f), constant<F>(-1.0f));
+  F p = constant<F>(L[0]);
+#pragma GCC unroll 16
+  for (int k = 1; k < 10; ++k) p = fused_mul_add(p, x, constant<F>(L[k]));
+  return constant<F>(0.5f) * fused_mul_add(t, p, maximum(constant<F>(0.0f), -log_alpha));
+}
+// t = exp(-|x|) or, where x < 0, 1: times 1 / (1 + t) this is sigmoid(-x)
+template <class F> LSF_INLINE F sigmoid_numerator(F x, F t) {
+  return select_by_sign(bits_of(x), constant<F>(1.0f), t);
 }
 
-// The three-constant approximation of the log-uniform KL: ARD's and k1 sigmoid(-k2 - k3 log_alpha).
+template <class F, class U> LSF_INLINE KLTerm<F> kl_ard(F log_alpha) {
+  const F t = exponential_or_zero<F, U>(-magnitude(log_alpha));
+  const F half_sigmoid = sigmoid_numerator(log_alpha, t) * constant<F>(0.5f) / (t + constant<F>(1.0f));
+  return {half_softplus(log_alpha, t), -half_sigmoid};
+}
+
+// The three-constant approximation of the log-uniform KL: ARD's and k1 sigmoid(-u), u = k2 + k3 log_alpha.
 template <class F, class U> LSF_INLINE KLTerm<F> kl_log_uniform_approximate(F log_alpha) {
   constexpr float k1 = 0.63576f, k2 = 1.8732f, k3 = 1.48695f;
-  const F u = fused_mul_add(log_alpha, constant<F>(k3), constant<F>(k2));
-  const Logistic<F> s = logistic<F, U>(u);
-  const KLTerm<F> ard = kl_ard<F, U>(log_alpha);
-  const F sigmoid = s.inverse * below(u, 0.0f, constant<F>(1.0f), s.t);  // of -u
-  return {fused_mul_add(sigmoid, constant<F>(k1), ard.value),
-          fused_mul_add(s.t * s.inverse * s.inverse, constant<F>(-k1 * k3), ard.slope)};
+  const F one = constant<F>(1.0f), u = fused_mul_add(log_alpha, constant<F>(k3), constant<F>(k2));
+  const F t = exponential_or_zero<F, U>(-magnitude(log_alpha)), s = exponential_or_zero<F, U>(-magnitude(u));
+  // One division for the two sigmoids.
+  const F t1 = t + one, s1 = s + one, inverse = one / (t1 * s1), inverse_s1 = inverse * t1;
+  const F half_sigmoid = sigmoid_numerator(log_alpha, t) * constant<F>(0.5f) * (inverse * s1);
+  const F sigmoid_u = sigmoid_numerator(u, s) * inverse_s1;
+  return {fused_mul_add(sigmoid_u, constant<F>(k1), half_softplus(log_alpha, t)),
+          fused_mul_add(s * (inverse_s1 * inverse_s1), constant<F>(-k1 * k3), -half_sigmoid)};
 }
 
 // log_alpha of a weight with a variance of its own: log_sigma2 - 2 ln |weight|; infinite where the weight is 0, NaN
