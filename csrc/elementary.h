@@ -4,6 +4,24 @@
 
 namespace {
 
+// ln(x) for normal x > 0, within 1.5 units in the last place or 5e-8: x = 2^n (1 + f), f in [-1/4, 1/2),
+// ln(1 + f) = f - f^2 / 2 + f^3 P(f) with P minimax (Remez).
+template <class F> LSF_INLINE F logarithm(F x) {
+  F mantissa, exponent;
+  split_exponent(x, mantissa, exponent);
+  const F f = mantissa - constant<F>(1.0f);  // exact (Sterbenz)
+  F p = constant<F>(0.05357204005122185f);
+  p = fused_mul_add(p, f, constant<F>(-0.11968647688627243f));
+  p = fused_mul_add(p, f, constant<F>(0.14920814335346222f));
+  p = fused_mul_add(p, f, constant<F>(-0.1681283861398697f));
+  p = fused_mul_add(p, f, constant<F>(0.1998281627893448f));
+  p = fused_mul_add(p, f, constant<F>(-0.24995385110378265f));
+  p = fused_mul_add(p, f, constant<F>(0.3333345055580139f));
+  const F f2 = f * f;
+  return fused_mul_add(exponent, constant<F>(0.693147180559945f),
+                       fused_mul_add(f2 * f, p, fused_mul_add(f2, constant<F>(-0.5f), f)));
+}
+
 // exp(x) = 2^n (1 + r + r^2 p) with |r| < 0.35; shifted = n + 1.5 2^23 as a float, whose low bits are n.
 template <class F> struct ExpParts {
   F r, p, shifted;

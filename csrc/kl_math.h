@@ -5,7 +5,6 @@
 // listed from the highest power down. Value and slope come out of one exponential, without a logarithm.
 #pragma once
 #include "elementary.h"
-#include "philox.h"  // minus_two_log
 
 namespace {
 
@@ -31,21 +30,20 @@ template <class F, class U> LSF_INLINE KLTerm<F> kl_log_uniform_exact(F log_alph
                          -9.002930164569989e-05f, 9.592333663022146e-05f, 0.00018148141680285335f,
                          -0.0002165944461012259f, -0.00016704873996786773f, 0.0007180957472883165f,
                          -0.002395004266873002f, 0.02426568791270256f, -0.022377602756023407f};
-  const F one = constant<F>(1.0f), zero = constant<F>(0.0f);
-  const U far = bits_of(log_alpha - constant<F>(kSplit));  // sign bit: lambda > 12
-  const F t = exponential_or_zero<F, U>(select_by_sign(far, log_alpha, -log_alpha));
-  const F w = t * select_by_sign(far, constant<F>(-24.0f), constant<F>(-1.0f / 12.0f));
+  const F one = constant<F>(1.0f);
+  const auto far = log_alpha < constant<F>(kSplit);  // lambda > 12
+  const F t = exponential_or_zero<F, U>(far ? log_alpha : -log_alpha);
+  const F w = t * (far ? constant<F>(-24.0f) : constant<F>(-1.0f / 12.0f));
   const F x = w + one;
-  F p = select_by_sign(far, constant<F>(V[0]), constant<F>(S[0])), derivative = zero;
+  F p = far ? constant<F>(V[0]) : constant<F>(S[0]), derivative = p;
 #pragma GCC unroll 16
   for (int k = 1; k < 12; ++k) {
-    derivative = k == 1 ? p : fused_mul_add(derivative, x, p);
-    p = fused_mul_add(p, x, select_by_sign(far, constant<F>(V[k]), constant<F>(S[k])));
+    if (k > 1) derivative = fused_mul_add(derivative, x, p);
+    p = fused_mul_add(p, x, far ? constant<F>(V[k]) : constant<F>(S[k]));
   }
   const F line = fused_mul_add(log_alpha, constant<F>(-0.5f), constant<F>(0.635181422730739f));
-  const F slope = fused_mul_add(w, derivative, select_by_sign(far, constant<F>(-0.5f), p));
-  return {fused_mul_add(p, select_by_sign(far, one, t), select_by_sign(far, line, zero)),
-          slope * select_by_sign(far, one, -t)};
+  const F slope = fused_mul_add(w, derivative, far ? constant<F>(-0.5f) : p);
+  return {fused_mul_add(p, far ? one : t, far ? line : constant<F>(0.0f)), slope * (far ? one : -t)};
 }
 
 // softplus(-log_alpha) / 2, without its slope, from t = exp(-|log_alpha|)
@@ -62,7 +60,7 @@ template <class F> LSF_INLINE F half_softplus(F log_alpha, F t) {
 }
 // t = exp(-|x|) or, where x < 0, 1: times 1 / (1 + t) this is sigmoid(-x)
 template <class F> LSF_INLINE F sigmoid_numerator(F x, F t) {
-  return select_by_sign(bits_of(x), constant<F>(1.0f), t);
+  return x < constant<F>(0.0f) ? constant<F>(1.0f) : t;
 }
 
 template <class F, class U> LSF_INLINE KLTerm<F> kl_ard(F log_alpha) {
@@ -86,8 +84,8 @@ template <class F, class U> LSF_INLINE KLTerm<F> kl_log_uniform_approximate(F lo
 
 // log_alpha of a weight with a variance of its own: log_sigma2 - 2 ln |weight|; infinite where the weight is 0, NaN
 // where it is not finite.
-template <class F, class U> LSF_INLINE F log_alpha_of(F weight, F log_sigma2) {
-  const F log_alpha = log_sigma2 + minus_two_log<F, U>(magnitude(weight)) + (weight - weight);
+template <class F> LSF_INLINE F log_alpha_of(F weight, F log_sigma2) {
+  const F log_alpha = fused_mul_add(constant<F>(-2.0f), logarithm(magnitude(weight)), log_sigma2) + (weight - weight);
   return weight == constant<F>(0.0f) ? constant<F>(INFINITY) : log_alpha;
 }
 

@@ -1,6 +1,6 @@
 // The primitives that the torch-free headers are written in, on scalars: CUDA and plain C++.
 //
-// philox.h, lrt_math.h and kl_math.h are templates over F (float) and U (uint32_t). cpu/simd.h overloads
+// philox.h, elementary.h and kl_math.h are templates over F (float) and U (uint32_t). cpu/simd.h overloads
 // every function here for vectors of lanes and is included before them, so one text serves all backends.
 #pragma once
 #include <math.h>
@@ -41,10 +41,19 @@ LSF_INLINE float sqrt_rn(float x) { return sqrtf(x); }
 // The second argument where either is NaN, as on x86.
 LSF_INLINE float minimum(float a, float b) { return a < b ? a : b; }
 LSF_INLINE float maximum(float a, float b) { return a > b ? a : b; }
-// a where the sign bit of `sign` is set, else b
-LSF_INLINE float select_by_sign(uint32_t sign, float a, float b) { return static_cast<int32_t>(sign) < 0 ? a : b; }
+// Turns the vector (x, y) by 90 degrees where bit 30 of `turn` is set.
+LSF_INLINE void quarter_turn(uint32_t turn, float& x, float& y) {
+  const float before = x;
+  if (turn >> 30 & 1u) x = -y, y = before;
+}
 // x, negated where the sign bit of `sign` is set
 LSF_INLINE float xor_sign(float x, uint32_t sign) { return float_of(bits_of(x) ^ (sign & 0x80000000u)); }
-template <class F> LSF_INLINE F constant(float x) { return x; }
+// u = mantissa 2^exponent with the mantissa in [3/4, 3/2), for normal u > 0
+LSF_INLINE void split_exponent(float u, float& mantissa, float& exponent) {
+  const uint32_t offset = bits_of(u) - 0x3F400000u;  // bits of 3/4
+  mantissa = float_of(bits_of(u) - (offset & 0xFF800000u));
+  exponent = signed_to_float(shift_right_signed(offset, 23));
+}
+template <class F> LSF_INLINE F constant(float x) { return x - F{}; }  // not x + 0: keeps -0
 
 }  // namespace

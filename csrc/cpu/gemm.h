@@ -30,7 +30,7 @@ class Scratch {
 
  private:
   static constexpr int64_t kLargest = 32 << 20;
-  static constexpr size_t kSlots = 8;
+  static constexpr size_t kSlots = 12;
   size_t next_ = 0;
 };
 

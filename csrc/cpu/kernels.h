@@ -61,7 +61,7 @@ struct Prior {
 
 struct Kernels {
   const char* instruction_set;
-  // out = noise
+  // out = noise; tiles in fp32 that hold whole quads of whole rows, or of one row, may be of any size
   void (*philox_normal)(NoiseStream, Tile, Matrix out);
   // out[4 * i + k] = word k of the counter (counters[4 * i], ..., counters[4 * i + 3])
   void (*philox_words)(uint64_t seed, const int64_t* counters, int64_t n, int64_t* out);

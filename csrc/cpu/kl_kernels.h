@@ -55,7 +55,7 @@ LSF_INLINE double sum_of(int64_t n, const Array* in, const Array* slopes) {
     });
   const DType dtype = slopes ? slopes[1].dtype : DType::f32;
   return sum_and_slopes<2>(n, in, slopes, [=](const Floats* x, Floats* y) {
-    const KLTerm<Floats> term = kTerm(log_alpha_of<Floats, Words>(x[1], x[0]));
+    const KLTerm<Floats> term = kTerm(log_alpha_of(x[1], x[0]));
     y[0] = term.value, y[1] = term.slope, y[2] = saturate(weight_slope(x[1], term.slope), dtype);
   });
 }

@@ -224,16 +224,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lrt_linear_backward_cpu(
                                                 need_bias && has_bias, need_scale && outer_alpha, &scratch);
   const Tensor g = scratch.cast(grad, operand), none = at::empty({0}, x.options());
   Tensor grad_x = none, grad_weight = none, grad_scale = none;
+  // A GEMM whose result is rounded to another dtype afterwards needs no memory of its own.
+  const auto draft = [&](const Tensor& like) { return like.scalar_type() == operand ? nullptr : &scratch; };
   if (need_x) {
     const Tensor through_var = gemm(dvar.var, variance_operand(kind, weight, scale, operand, scratch), &scratch);
     const Tensor through_mean =
-        weight.defined() ? gemm(g, scratch.cast(weight, operand)) : at::zeros_like(through_var);
+        weight.defined() ? gemm(g, scratch.cast(weight, operand), draft(x)) : at::zeros_like(through_var);
     grad_x = add_product(through_mean, a, through_var, x.scalar_type());
   }
   const bool need_sigma2 = (need_weight && kind != Kind::additive) || (need_scale && !outer_alpha);
-  const Tensor dsigma2 = need_sigma2 ? gemm(dvar.var.t(), square(a, operand, scratch)) : Tensor();
+  const Tensor dsigma2 =
+      need_sigma2 ? gemm(dvar.var.t(), square(a, operand, scratch), outer_alpha ? &scratch : draft(scale)) : Tensor();
   if (need_weight || (need_scale && kind == Kind::weight)) {
-    grad_weight = gemm(g.t(), a);
+    grad_weight = gemm(g.t(), a, draft(weight));
     if (kind == Kind::weight) std::tie(grad_weight, grad_scale) = weight_grads(grad_weight, weight, dsigma2, scale);
     else if (outer_alpha) grad_weight = add_product(grad_weight, weight, dsigma2, weight.scalar_type());
     else grad_weight = grad_weight.to(weight.scalar_type());

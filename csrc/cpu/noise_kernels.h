@@ -1,98 +1,31 @@
 // Noise of one tile into an L1 buffer, for every kernel that consumes noise; and its plain copy.
 #pragma once
+#include "pair.h"
 #include "simd.h"
+
+#include "../philox.h"  // after the overloads for lanes and pairs
 
 namespace {
 
-constexpr ptrdiff_t kCounters = 2 * kLanes;  // per step: two vectors, whose latencies overlap
+// One step: as many counters as keep the ports busy and fit the registers.
+#if LSF_LANES == 16
+typedef Two<Two<WideWords>> Counters;
+typedef Two<Two<Words>> StepWords;
+typedef Two<Two<Floats>> StepFloats;
+#else
+typedef Two<WideWords> Counters;
+typedef Two<Words> StepWords;
+typedef Two<Floats> StepFloats;
+#endif
+constexpr ptrdiff_t kStep = sizeof(Counters) / sizeof(uint64_t);
 
 // The buffer of a tile's noise: rows of whole quads, so that a row may start inside a quad.
 struct TileNoise {
-  alignas(64) float data[kTile * 4 + 8 * kCounters];
+  alignas(64) float data[kTile * 4];
   ptrdiff_t stride;  // floats per row
   ptrdiff_t skip;    // columns before the tile's first one in its quad
   const float* row(int64_t r) const { return data + r * stride + skip; }
 };
-
-// Words (w0, w1) give columns 4q and 4q + 1, words (w2, w3) columns 4q + 2 and 4q + 3.
-LSF_INLINE void store_quads(float* out, Floats n0, Floats n1, Floats n2, Floats n3) {
-#if LSF_LANES == 16
-  const __m512 a = (__m512)n0, b = (__m512)n1, c = (__m512)n2, d = (__m512)n3;
-  const __m512 ab_lo = _mm512_unpacklo_ps(a, b), ab_hi = _mm512_unpackhi_ps(a, b);
-  const __m512 cd_lo = _mm512_unpacklo_ps(c, d), cd_hi = _mm512_unpackhi_ps(c, d);
-  // q[j] holds the quads of lanes j, j + 4, j + 8, j + 12.
-  const __m512 q0 = _mm512_shuffle_ps(ab_lo, cd_lo, 0x44), q1 = _mm512_shuffle_ps(ab_lo, cd_lo, 0xEE);
-  const __m512 q2 = _mm512_shuffle_ps(ab_hi, cd_hi, 0x44), q3 = _mm512_shuffle_ps(ab_hi, cd_hi, 0xEE);
-  const __m512 s01_lo = _mm512_shuffle_f32x4(q0, q1, 0x44), s01_hi = _mm512_shuffle_f32x4(q0, q1, 0xEE);
-  const __m512 s23_lo = _mm512_shuffle_f32x4(q2, q3, 0x44), s23_hi = _mm512_shuffle_f32x4(q2, q3, 0xEE);
-  _mm512_storeu_ps(out, _mm512_shuffle_f32x4(s01_lo, s23_lo, 0x88));
-  _mm512_storeu_ps(out + 16, _mm512_shuffle_f32x4(s01_lo, s23_lo, 0xDD));
-  _mm512_storeu_ps(out + 32, _mm512_shuffle_f32x4(s01_hi, s23_hi, 0x88));
-  _mm512_storeu_ps(out + 48, _mm512_shuffle_f32x4(s01_hi, s23_hi, 0xDD));
-#elif LSF_LANES == 8
-  const __m256 a = (__m256)n0, b = (__m256)n1, c = (__m256)n2, d = (__m256)n3;
-  const __m256 ab_lo = _mm256_unpacklo_ps(a, b), ab_hi = _mm256_unpackhi_ps(a, b);
-  const __m256 cd_lo = _mm256_unpacklo_ps(c, d), cd_hi = _mm256_unpackhi_ps(c, d);
-  const __m256 q0 = _mm256_shuffle_ps(ab_lo, cd_lo, 0x44), q1 = _mm256_shuffle_ps(ab_lo, cd_lo, 0xEE);
-  const __m256 q2 = _mm256_shuffle_ps(ab_hi, cd_hi, 0x44), q3 = _mm256_shuffle_ps(ab_hi, cd_hi, 0xEE);
-  _mm256_storeu_ps(out, _mm256_permute2f128_ps(q0, q1, 0x20));
-  _mm256_storeu_ps(out + 8, _mm256_permute2f128_ps(q2, q3, 0x20));
-  _mm256_storeu_ps(out + 16, _mm256_permute2f128_ps(q0, q1, 0x31));
-  _mm256_storeu_ps(out + 24, _mm256_permute2f128_ps(q2, q3, 0x31));
-#else
-  for (int lane = 0; lane < kLanes; ++lane) {
-    out[4 * lane] = n0[lane];
-    out[4 * lane + 1] = n1[lane];
-    out[4 * lane + 2] = n2[lane];
-    out[4 * lane + 3] = n3[lane];
-  }
-#endif
-}
-
-LSF_INLINE Words lane_index() {
-  Words x;
-  for (int lane = 0; lane < kLanes; ++lane) x[lane] = lane;
-  return x;
-}
-
-// Two vectors in step, so that the latencies of one hide behind the other.
-struct TwoWords {
-  Words a, b;
-};
-struct TwoFloats {
-  Floats a, b;
-};
-#define LSF_TWO(T, op, R) \
-  LSF_INLINE T operator op(T x, R y) { return {x.a op y, x.b op y}; } \
-  LSF_INLINE T operator op(T x, T y) { return {x.a op y.a, x.b op y.b}; }
-LSF_TWO(TwoWords, ^, uint32_t)
-LSF_TWO(TwoWords, +, uint32_t)
-LSF_TWO(TwoWords, -, uint32_t)
-LSF_TWO(TwoWords, <<, int)
-LSF_TWO(TwoFloats, *, float)
-LSF_TWO(TwoFloats, -, float)
-#undef LSF_TWO
-LSF_INLINE void mul_hi_lo(TwoWords x, uint32_t m, TwoWords& hi, TwoWords& lo) {
-  mul_hi_lo(x.a, m, hi.a, lo.a);
-  mul_hi_lo(x.b, m, hi.b, lo.b);
-}
-LSF_INLINE TwoFloats to_float(TwoWords x) { return {to_float(x.a), to_float(x.b)}; }
-LSF_INLINE TwoFloats signed_to_float(TwoWords x) { return {signed_to_float(x.a), signed_to_float(x.b)}; }
-LSF_INLINE TwoWords shift_right_signed(TwoWords x, int n) { return {shift_right_signed(x.a, n), shift_right_signed(x.b, n)}; }
-LSF_INLINE TwoWords bits_of(TwoFloats x) { return {bits_of(x.a), bits_of(x.b)}; }
-LSF_INLINE TwoFloats float_of(TwoWords x) { return {float_of(x.a), float_of(x.b)}; }
-LSF_INLINE TwoFloats fused_mul_add(TwoFloats x, TwoFloats y, TwoFloats z) {
-  return {fused_mul_add(x.a, y.a, z.a), fused_mul_add(x.b, y.b, z.b)};
-}
-LSF_INLINE TwoFloats sqrt_rn(TwoFloats x) { return {sqrt_rn(x.a), sqrt_rn(x.b)}; }
-LSF_INLINE TwoFloats xor_sign(TwoFloats x, TwoWords y) { return {xor_sign(x.a, y.a), xor_sign(x.b, y.b)}; }
-LSF_INLINE TwoFloats select_by_sign(TwoWords s, TwoFloats x, TwoFloats y) {
-  return {select_by_sign(s.a, x.a, y.a), select_by_sign(s.b, x.b, y.b)};
-}
-template <> LSF_INLINE TwoFloats constant<TwoFloats>(float x) { return {splat(x), splat(x)}; }
-}
-#include "../philox.h"
-namespace {
 
 // The ten round keys, in memory for broadcasting loads.
 struct KeyTable {
@@ -104,78 +37,127 @@ struct KeyTable {
   LSF_INLINE PhiloxKey round(int r) const { return keys[r]; }
 };
 
-LSF_INLINE void store_normals(float* out, Words w0, Words w1, Words w2, Words w3) {
-  TwoFloats even, odd;
-  box_muller<TwoFloats, TwoWords>({w0, w2}, {w1, w3}, even, odd);
-  store_quads(out, even.a, odd.a, even.b, odd.b);
+// `even` holds columns 0 and 2 of each quad, `odd` columns 1 and 3. Unpacking them yields whole quads, those of the even
+// 64-bit lanes before those of the odd ones; lane_of(i) is the lane of a step whose quad comes out as number i.
+constexpr ptrdiff_t lane_of(ptrdiff_t i) {
+  constexpr ptrdiff_t n = kLanes / 2;  // quads per vector
+  return i / n * n + i % n * 2 % n + i % n * 2 / n;
+}
+LSF_INLINE void store_quads(float* out, Floats even, Floats odd) {
+  store(out, unpack_low(even, odd));
+  store(out + kLanes, unpack_high(even, odd));
+}
+template <class V> LSF_INLINE void store_quads(float* out, Two<V> even, Two<V> odd) {
+  store_quads(out, even.a, odd.a);
+  store_quads(out + 2 * sizeof(V) / sizeof(float), even.b, odd.b);
 }
 
-// Fills the buffer with the tile's noise. Lanes walk the quads row by row, across row ends, so that
-// narrow matrices waste no lane.
-LSF_INLINE void draw(NoiseStream stream, Tile tile, TileNoise& noise) {
-  const uint64_t first_col = stream.col_offset + tile.col;
-  const uint64_t first_row = stream.row_offset + tile.row;
-  const uint32_t first_quad = (uint32_t)(first_col >> 2);
-  noise.skip = first_col & 3;
-  const ptrdiff_t quads = (noise.skip + tile.cols + 3) / 4;
-  noise.stride = 4 * quads;
-  const KeyTable keys(stream.seed);
-  const Words index = lane_index();
-  const ptrdiff_t total = quads * tile.rows;
-  const TwoWords sample = {splat(stream.sample), splat(stream.sample)};
-  ptrdiff_t r = 0, q = 0;  // row and quad of the first lane
-  for (ptrdiff_t done = 0; done < total; done += kCounters) {
-    TwoWords quad, row_low, row_high;
-    if (q + kCounters <= quads) {
-      const uint64_t row = first_row + r;
-      quad.a = index + (uint32_t)(first_quad + q);
-      quad.b = quad.a + (uint32_t)kLanes;
-      row_low.a = row_low.b = splat((uint32_t)row);
-      row_high.a = row_high.b = splat((uint32_t)(row >> 32));
-      q += kCounters;
-      if (q == quads) q = 0, ++r;
-    } else {
-      uint32_t next[3][kCounters];
-      for (int lane = 0; lane < kCounters; ++lane) {
-        const uint64_t row = first_row + r;
-        next[0][lane] = (uint32_t)(first_quad + q);
-        next[1][lane] = (uint32_t)row;
-        next[2][lane] = (uint32_t)(row >> 32);
-        if (++q == quads) q = 0, ++r;
-      }
-      memcpy(&quad, next[0], sizeof quad);
-      memcpy(&row_low, next[1], sizeof quad);
-      memcpy(&row_high, next[2], sizeof quad);
-    }
-    const PhiloxWords<TwoWords> w = philox4x32_10(PhiloxWords<TwoWords>{quad, row_low, row_high, sample}, keys);
-    store_normals(noise.data + 4 * done, w.w0.a, w.w1.a, w.w2.a, w.w3.a);
-    store_normals(noise.data + 4 * (done + kLanes), w.w0.b, w.w1.b, w.w2.b, w.w3.b);
+// The words of a step become normals only while the next step draws its words: each alone waits for its own latencies,
+// together they fill the ports.
+struct Step {
+  StepWords a, b;
+  float* out;
+  LSF_INLINE void finish() const {
+    StepFloats even, odd;
+    box_muller(a, b, even, odd);
+    store_quads(out, even, odd);
   }
+  template <class... U> LSF_INLINE void next(PhiloxWords<U...> counters, const KeyTable& keys, float* next_out) {
+    const PhiloxWords<Counters> w = philox4x32_10(counters, keys);
+    finish();
+    *this = {interleave(w.w0, w.w2), interleave(w.w1, w.w3), next_out};
+  }
+};
+
+// The noise of a tile row after row, whole quads each.
+LSF_INLINE void draw_quads(NoiseStream stream, Tile tile, float* out) {
+  const uint64_t first_col = stream.col_offset + tile.col, first_row = stream.row_offset + tile.row;
+  const uint32_t first_quad = (uint32_t)(first_col >> 2), sample = stream.sample;
+  const ptrdiff_t quads = ((first_col & 3) + tile.cols + 3) / 4;
+  const KeyTable keys(stream.seed);
+
+  // Quad and row of every lane in a step that starts at quad 0 of row 0. Lanes walk across row ends, so that narrow
+  // matrices waste none.
+  uint64_t lane_quads[kStep], lane_rows[kStep];
+  ptrdiff_t q = 0, r = 0;
+  for (ptrdiff_t i = 0; i < kStep; ++i) {
+    lane_quads[lane_of(i)] = q, lane_rows[lane_of(i)] = r;
+    if (++q == quads) q = 0, ++r;
+  }
+  const ptrdiff_t step_q = q, step_r = r;
+  Counters quad_ahead, row_ahead;
+  memcpy(&quad_ahead, lane_quads, sizeof quad_ahead);
+  memcpy(&row_ahead, lane_rows, sizeof row_ahead);
+
+  float outside[4 * kStep];  // for the step before the first one and for what the last one has too much
+  Step step = {{}, {}, outside};
+  float* const end = out + 4 * quads * tile.rows;
+  for (q = 0, r = 0; out < end;) {
+    const uint64_t row = first_row + r;
+    const uint32_t row_low = (uint32_t)row, row_high = (uint32_t)(row >> 32);
+    for (; q + kStep <= quads; q += kStep, out += 4 * kStep) {
+      const Counters quad = quad_ahead + (uint32_t)(first_quad + q);
+      step.next(PhiloxWords<Counters, uint32_t, uint32_t, uint32_t>{quad, row_low, row_high, sample}, keys, out);
+    }
+    if (q == quads) {
+      q = 0, ++r;
+      continue;
+    }
+    const Counters past = quad_ahead + (uint64_t)(q - quads);  // negative where the lane's row has not ended
+    const Counters inside = past >> 63;
+    const Counters quad = past + (-inside & (uint64_t)quads) + first_quad;
+    const Counters rows = row_ahead - inside + (row + 1);
+    step.next(PhiloxWords<Counters, Counters, Counters, uint32_t>{quad, rows, rows >> 32, sample}, keys,
+              end - out >= 4 * kStep ? out : outside);
+    out += 4 * kStep;
+    q += step_q, r += step_r;
+    if (q >= quads) q -= quads, ++r;
+  }
+  step.finish();
+  if (step.out == outside) memcpy(out - 4 * kStep, outside, sizeof outside - 4 * (out - end));
+}
+
+LSF_INLINE void draw(NoiseStream stream, Tile tile, TileNoise& noise) {
+  noise.skip = (stream.col_offset + tile.col) & 3;
+  noise.stride = (noise.skip + tile.cols + 3) & ~3;
+  draw_quads(stream, tile, noise.data);
 }
 
 void philox_normal(NoiseStream stream, Tile tile, Matrix out) {
   TileNoise noise;
+  // Where the output is as contiguous as the noise, rows need no separate copies, and fp32 no buffer.
+  const bool whole_quads = (stream.col_offset + tile.col) % 4 == 0 && tile.cols % 4 == 0;
+  if (whole_quads && (tile.rows == 1 || tile.cols == out.stride)) {
+    void* first = element(out, tile.row, tile.col);
+    float* eps = staging(out.dtype, first, noise.data);
+    draw_quads(stream, tile, eps);
+    narrow(out.dtype, eps, tile.rows * tile.cols, first);
+    return;
+  }
   draw(stream, tile, noise);
   for (int64_t r = 0; r < tile.rows; ++r) {
     void* row = element(out, tile.row + r, tile.col);
     const float* eps = noise.row(r);
-    if (out.dtype == DType::f32) memcpy(row, eps, 4 * tile.cols);
+    if (out.dtype == DType::f32) for_vectors(tile.cols, [&](ptrdiff_t i, auto extent) {
+      store((float*)row + i, load(eps + i, extent), extent);
+    });
     else narrow(out.dtype, eps, tile.cols, row);
   }
 }
 
 void philox_words(uint64_t seed, const int64_t* counters, int64_t n, int64_t* out) {
   const KeyTable keys(seed);
-  for (int64_t i = 0; i < n; i += kLanes) {
-    PhiloxWords<Words> c = {};
-    for (int lane = 0; lane < kLanes && i + lane < n; ++lane) {
+  constexpr int lanes = kLanes / 2;
+  for (int64_t i = 0; i < n; i += lanes) {
+    PhiloxWords<WideWords> c = {};
+    for (int lane = 0; lane < lanes && i + lane < n; ++lane) {
       const int64_t* p = counters + 4 * (i + lane);
-      c.w0[lane] = (uint32_t)p[0], c.w1[lane] = (uint32_t)p[1], c.w2[lane] = (uint32_t)p[2], c.w3[lane] = (uint32_t)p[3];
+      c.w0[lane] = p[0], c.w1[lane] = p[1], c.w2[lane] = p[2], c.w3[lane] = p[3];
     }
     c = philox4x32_10(c, keys);
-    for (int lane = 0; lane < kLanes && i + lane < n; ++lane) {
+    for (int lane = 0; lane < lanes && i + lane < n; ++lane) {
       int64_t* p = out + 4 * (i + lane);
-      p[0] = c.w0[lane], p[1] = c.w1[lane], p[2] = c.w2[lane], p[3] = c.w3[lane];
+      p[0] = (uint32_t)c.w0[lane], p[1] = (uint32_t)c.w1[lane], p[2] = (uint32_t)c.w2[lane], p[3] = (uint32_t)c.w3[lane];
     }
   }
 }

@@ -17,12 +17,13 @@ constexpr int kLanes = LSF_LANES;
 typedef float Floats __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
 typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
+// Words in 64-bit lanes, where a product keeps both its halves: the word is the lower half, the upper is arbitrary.
+typedef uint64_t WideWords __attribute__((vector_size(4 * kLanes)));
 
 LSF_INLINE Words bits_of(Floats x) { return reinterpret_cast<Words>(x); }
 LSF_INLINE Floats float_of(Words x) { return reinterpret_cast<Floats>(x); }
 LSF_INLINE Floats splat(float x) { return x - Floats{}; }  // x - 0, not 0 + x: keeps -0
 LSF_INLINE Words splat(uint32_t x) { return x + Words{}; }
-template <> LSF_INLINE Floats constant<Floats>(float x) { return splat(x); }
 LSF_INLINE Words shift_right_signed(Words x, int bits) {
   return reinterpret_cast<Words>(reinterpret_cast<Ints>(x) >> bits);
 }
@@ -42,25 +43,27 @@ LSF_INLINE Floats fused_mul_add(Floats a, Floats b, Floats c) {
   return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 }
 LSF_INLINE Floats sqrt_rn(Floats x) { return (Floats)_mm512_sqrt_ps((__m512)x); }
-LSF_INLINE Floats to_float(Words x) { return (Floats)_mm512_cvtepu32_ps((__m512i)x); }
-LSF_INLINE Floats select_by_sign(Words sign, Floats a, Floats b) {
-  return (Floats)_mm512_mask_blend_ps(_mm512_movepi32_mask((__m512i)sign), (__m512)b, (__m512)a);
+LSF_INLINE Floats to_float(Words x) { return __builtin_convertvector(x, Floats); }
+LSF_INLINE void quarter_turn(Words turn, Floats& x, Floats& y) {
+  const __mmask16 turns = _mm512_test_epi32_mask((__m512i)turn, _mm512_set1_epi32(1 << 30));
+  const __m512 before = (__m512)x;
+  x = (Floats)_mm512_mask_xor_ps(before, turns, (__m512)y, _mm512_set1_ps(-0.0f));
+  y = (Floats)_mm512_mask_blend_ps(turns, (__m512)y, before);
 }
-// Masked by all ones: GCC 12 warns of the unmasked forms' undefined third operand.
-LSF_INLINE Floats maximum(Floats a, Floats b) {
-  return (Floats)_mm512_maskz_max_ps((__mmask16)-1, (__m512)a, (__m512)b);
+LSF_INLINE void split_exponent(Floats u, Floats& mantissa, Floats& exponent) {
+  mantissa = (Floats)_mm512_getmant_ps((__m512)u, _MM_MANT_NORM_p75_1p5, _MM_MANT_SIGN_src);
+  exponent = (Floats)_mm512_getexp_ps((__m512)float_of(bits_of(u) + 0x00400000u));  // 3/2 carries into it
 }
-LSF_INLINE Floats minimum(Floats a, Floats b) {
-  return (Floats)_mm512_maskz_min_ps((__mmask16)-1, (__m512)a, (__m512)b);
+LSF_INLINE Floats maximum(Floats a, Floats b) { return (Floats)_mm512_max_ps((__m512)a, (__m512)b); }
+LSF_INLINE Floats minimum(Floats a, Floats b) { return (Floats)_mm512_min_ps((__m512)a, (__m512)b); }
+LSF_INLINE WideWords product(WideWords a, uint32_t m) {
+  return (WideWords)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(m));
 }
-// Products of the even and of the odd lanes, then one masked shuffle each to put the halves in place.
-LSF_INLINE void mul_hi_lo(Words a, uint32_t m, Words& hi, Words& lo) {
-  const __m512i mv = _mm512_set1_epi32(m);
-  const __m512i even = _mm512_mul_epu32((__m512i)a, mv);
-  const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64((__m512i)a, 32), mv);
-  lo = (Words)_mm512_mask_shuffle_epi32(even, 0xAAAA, odd, _MM_PERM_CCAA);
-  hi = (Words)_mm512_mask_shuffle_epi32(odd, 0x5555, even, _MM_PERM_DDBB);
+LSF_INLINE Words interleave(WideWords low, WideWords high) {
+  return (Words)_mm512_mask_shuffle_epi32((__m512i)low, 0xAAAA, (__m512i)high, _MM_PERM_CCAA);
 }
+LSF_INLINE Floats unpack_low(Floats a, Floats b) { return (Floats)_mm512_unpacklo_ps((__m512)a, (__m512)b); }
+LSF_INLINE Floats unpack_high(Floats a, Floats b) { return (Floats)_mm512_unpackhi_ps((__m512)a, (__m512)b); }
 LSF_INLINE Floats from_half(const uint16_t* p) {
   return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
 }
@@ -75,18 +78,22 @@ LSF_INLINE Floats sqrt_rn(Floats x) { return (Floats)_mm256_sqrt_ps((__m256)x); 
 LSF_INLINE Floats to_float(Words x) {  // high half exact, low half added in one rounding
   return fused_mul_add(signed_to_float(x >> 16), splat(65536.0f), signed_to_float(x & 0xFFFFu));
 }
-LSF_INLINE Floats select_by_sign(Words sign, Floats a, Floats b) {
-  return (Floats)_mm256_blendv_ps((__m256)b, (__m256)a, (__m256)sign);
+LSF_INLINE void quarter_turn(Words turn, Floats& x, Floats& y) {
+  const __m256 sign = (__m256)(turn << 1);
+  const Floats before = x;
+  x = (Floats)_mm256_blendv_ps((__m256)before, (__m256)-y, sign);
+  y = (Floats)_mm256_blendv_ps((__m256)y, (__m256)before, sign);
 }
 LSF_INLINE Floats maximum(Floats a, Floats b) { return (Floats)_mm256_max_ps((__m256)a, (__m256)b); }
 LSF_INLINE Floats minimum(Floats a, Floats b) { return (Floats)_mm256_min_ps((__m256)a, (__m256)b); }
-LSF_INLINE void mul_hi_lo(Words a, uint32_t m, Words& hi, Words& lo) {
-  const __m256i mv = _mm256_set1_epi32(m);
-  const __m256i even = _mm256_mul_epu32((__m256i)a, mv);
-  const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64((__m256i)a, 32), mv);
-  lo = (Words)_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA);
-  hi = (Words)_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xAA);
+LSF_INLINE WideWords product(WideWords a, uint32_t m) {
+  return (WideWords)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(m));
 }
+LSF_INLINE Words interleave(WideWords low, WideWords high) {
+  return (Words)_mm256_blend_epi32((__m256i)low, (__m256i)(high << 32), 0xAA);
+}
+LSF_INLINE Floats unpack_low(Floats a, Floats b) { return (Floats)_mm256_unpacklo_ps((__m256)a, (__m256)b); }
+LSF_INLINE Floats unpack_high(Floats a, Floats b) { return (Floats)_mm256_unpackhi_ps((__m256)a, (__m256)b); }
 LSF_INLINE Floats from_half(const uint16_t* p) {
   return (Floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
 }
@@ -104,16 +111,20 @@ LSF_INLINE Floats to_float(Words x) {
   for (int i = 0; i < kLanes; ++i) y[i] = to_float(x[i]);
   return y;
 }
-LSF_INLINE Floats select_by_sign(Words sign, Floats a, Floats b) { return (Ints)sign < 0 ? a : b; }
-LSF_INLINE Floats maximum(Floats a, Floats b) { return (Floats)_mm_max_ps((__m128)a, (__m128)b); }
 LSF_INLINE Floats minimum(Floats a, Floats b) { return (Floats)_mm_min_ps((__m128)a, (__m128)b); }
-LSF_INLINE void mul_hi_lo(Words a, uint32_t m, Words& hi, Words& lo) {
-  for (int i = 0; i < kLanes; ++i) {
-    const uint64_t product = (uint64_t)a[i] * m;
-    hi[i] = (uint32_t)(product >> 32);
-    lo[i] = (uint32_t)product;
-  }
+LSF_INLINE void quarter_turn(Words turn, Floats& x, Floats& y) {
+  const Ints turns = reinterpret_cast<Ints>(turn << 1) < 0;
+  const Floats before = x;
+  x = turns ? -y : before;
+  y = turns ? before : y;
 }
+LSF_INLINE Floats maximum(Floats a, Floats b) { return (Floats)_mm_max_ps((__m128)a, (__m128)b); }
+LSF_INLINE WideWords product(WideWords a, uint32_t m) {
+  return (WideWords)_mm_mul_epu32((__m128i)a, _mm_set1_epi64x(m));
+}
+LSF_INLINE Words interleave(WideWords low, WideWords high) { return (Words)((low & 0xFFFFFFFFu) | high << 32); }
+LSF_INLINE Floats unpack_low(Floats a, Floats b) { return (Floats)_mm_unpacklo_ps((__m128)a, (__m128)b); }
+LSF_INLINE Floats unpack_high(Floats a, Floats b) { return (Floats)_mm_unpackhi_ps((__m128)a, (__m128)b); }
 LSF_INLINE float half_to_float(uint16_t h) {
   const uint32_t sign = (uint32_t)(h & 0x8000u) << 16, magnitude = h & 0x7FFFu;
   if (magnitude >= 0x7C00u) return float_of(sign | 0x7F800000u | (magnitude & 0x3FFu) << 13);
@@ -136,6 +147,18 @@ LSF_INLINE void to_half(Floats x, uint16_t* p) {
   for (int i = 0; i < kLanes; ++i) p[i] = float_to_half(x[i]);
 }
 #endif
+
+#if LSF_LANES != 16
+LSF_INLINE void split_exponent(Floats u, Floats& mantissa, Floats& exponent) {
+  const Words offset = bits_of(u) - 0x3F400000u;  // bits of 3/4
+  mantissa = float_of(bits_of(u) - (offset & 0xFF800000u));
+  exponent = signed_to_float(shift_right_signed(offset, 23));
+}
+#endif
+LSF_INLINE void mul_hi_lo(WideWords a, uint32_t m, WideWords& hi, WideWords& lo) {
+  lo = product(a, m);
+  hi = lo >> 32;
+}
 
 LSF_INLINE Floats from_bfloat(const uint16_t* p) {
   typedef uint16_t Shorts __attribute__((vector_size(2 * kLanes)));

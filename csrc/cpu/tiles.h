@@ -31,14 +31,14 @@ inline NoiseStream noise_stream(const at::Tensor& seed, int64_t row_offset, int6
 // Noise [rows, cols] as a tensor (noise.cpp).
 at::Tensor draw_noise(NoiseStream stream, int64_t rows, int64_t cols, at::ScalarType dtype);
 
-// Calls body(tile) for tiles of at most kTile elements that cover rows x cols, in parallel.
-template <class Body> void for_tiles(int64_t rows, int64_t cols, const Body& body) {
+// Calls body(tile) for tiles of at most `size` elements that cover rows x cols, in parallel.
+template <class Body> void for_tiles(int64_t rows, int64_t cols, const Body& body, int64_t size = kTile) {
   if (rows == 0 || cols == 0) return;
-  const int64_t tile_cols = std::min<int64_t>(cols, kTile);
-  const int64_t tile_rows = std::max<int64_t>(1, kTile / tile_cols);
+  const int64_t tile_cols = std::min(cols, size);
+  const int64_t tile_rows = std::max<int64_t>(1, size / tile_cols);
   const int64_t across = (cols + tile_cols - 1) / tile_cols;
   const int64_t down = (rows + tile_rows - 1) / tile_rows;
-  at::parallel_for(0, across * down, 8, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, across * down, std::max<int64_t>(1, 8 * kTile / size), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t row = i / across * tile_rows, col = i % across * tile_cols;
       body(Tile{row, std::min(tile_rows, rows - row), col, std::min(tile_cols, cols - col)});

@@ -79,8 +79,8 @@ def _polynomial(x: torch.Tensor, coefficients: Sequence[float]) -> torch.Tensor:
 
 # csrc/philox.h says where these come from.
 LOG_COEFFICIENTS = (
-    -0.1785474717617035, 0.28689518570899963, -0.29742157459259033, 0.3313245475292206,
-    -0.39932143688201904, 0.5000346302986145, -0.6666767597198486,
+    0.13199958205223083, -0.28356441855430603, 0.34856998920440674, -0.4021680951118469,
+    0.4994148910045624, -0.6665959358215332, 1.0000079870224, -2.0,
 )  # fmt: skip
 MINUS_TWO_LN_TWO = -1.3862943649291992
 SIN_COEFFICIENTS = (-0.004602177068591118, 0.07968022674322128, -0.6459634900093079, 1.5707963705062866)
@@ -89,11 +89,9 @@ COS_COEFFICIENTS = (0.0009067435166798532, -0.02086152881383896, 0.2536694109439
 
 def _minus_two_log(u: torch.Tensor) -> torch.Tensor:
     bits = u.view(torch.int32)
-    exponent = (bits - 0x3F3504F3) >> 23  # of the reduced range [sqrt(1/2), sqrt(2))
+    exponent = (bits - 0x3F400000) >> 23  # of the mantissa in [3/4, 3/2)
     f = (bits - (exponent << 23)).view(torch.float32) - 1.0
-    f2 = f * f
-    log_mantissa = _fma(f2 * f, _polynomial(f, LOG_COEFFICIENTS), _fma(f, -2.0, f2))
-    return _fma(exponent.float(), MINUS_TWO_LN_TWO, log_mantissa)
+    return _fma(exponent.float(), MINUS_TWO_LN_TWO, _polynomial(f, LOG_COEFFICIENTS) * f)
 
 
 def _box_muller(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -104,9 +102,8 @@ def _box_muller(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.T
     x2 = x * x
     sin, cos = _polynomial(x2, SIN_COEFFICIENTS) * x, _polynomial(x2, COS_COEFFICIENTS)
     odd = (quadrant & 1).bool()
-    even_column = r * torch.where(odd, sin, cos) * torch.where((quadrant == 1) | (quadrant == 2), -1.0, 1.0)
-    odd_column = r * torch.where(odd, cos, sin) * torch.where(quadrant >= 2, -1.0, 1.0)
-    return even_column, odd_column
+    signed_r = torch.where(quadrant >= 2, -r, r)
+    return signed_r * torch.where(odd, -sin, cos), signed_r * torch.where(odd, cos, sin)
 
 
 def philox_normal_reference(

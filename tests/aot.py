@@ -1,0 +1,184 @@
+"""Compile every Triton kernel ahead of time for one GPU architecture; print what came out, one JSON line per kernel.
+
+    python tests/aot.py 90
+
+needs no GPU, but a process of its own per architecture (Triton's lowering remembers the first one) and no interpreter.
+``test_triton_aot.py`` checks the lines. Numbers come from ptxas and from the disassembled code.
+"""
+
+import contextlib
+import io
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, field
+
+import torch
+import triton
+import triton.language as tl
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from losssurf_fast.ops import lrt_linear_triton, lrt_sample_triton, noise_triton
+from losssurf_fast.ops.lrt import operand_dtype
+from losssurf_fast.ops.lrt_strategy import dual_tile
+from losssurf_fast.ops.noise_triton import EXACT, PLACE_ARGUMENTS
+
+# Tensor-core instructions of Ampere to Ada, Hopper, Blackwell.
+MMA = re.compile(r"\b(?:HMMA|QMMA|IMMA|HGMMA|QGMMA|IGMMA|UTC[A-Z]*MMA)\b")
+TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+@dataclass
+class Case:
+    """One kernel in one configuration; arguments are pointers (``*_ptr``), constants or sizes."""
+
+    name: str
+    kernel: object
+    pointers: dict[str, str]  # those left out are None
+    constants: dict[str, object]
+    options: dict[str, object] = field(default_factory=dict)
+    budget: int = 255  # registers
+    dot: bool = False
+
+
+def compile_case(case: Case, arch: int) -> dict:
+    """Registers, spills, shared memory, tensor-core instructions and ptxas warnings of ``case`` on ``arch``."""
+    signature, constants, attributes = {}, dict(case.constants), {}
+    for index, name in enumerate(case.kernel.arg_names):
+        if name in case.constants:
+            signature[name] = "constexpr"
+        elif name.endswith("_ptr"):
+            kind = case.pointers.get(name)
+            signature[name] = "constexpr" if kind is None else f"*{kind}"
+            if kind is None:
+                constants[name] = None
+            else:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "i64" if name in PLACE_ARGUMENTS else "i32"
+            if name not in (*PLACE_ARGUMENTS, "steps"):
+                attributes[(index,)] = [["tt.divisibility", 16]]
+    log = io.StringIO()
+    with contextlib.redirect_stdout(log):
+        source = ASTSource(case.kernel, signature, constants, attributes)
+        compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=case.options)
+    log = log.getvalue()
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        sass = subprocess.run(
+            [knobs.nvidia.nvdisasm.path, "-c", file.name], check=True, capture_output=True, text=True
+        ).stdout
+    numbers = {
+        "registers": r"Used (\d+) registers",
+        "stack": r"(\d+) bytes stack frame",
+        "spill_stores": r"(\d+) bytes spill stores",
+        "spill_loads": r"(\d+) bytes spill loads",
+    }
+    found = {key: int(re.search(pattern, log).group(1)) for key, pattern in numbers.items()}
+    return {
+        "name": case.name,
+        "budget": case.budget,
+        "dot": case.dot,
+        **found,
+        "serialised": sorted(set(re.findall(r"C75\d\d", log))),
+        "mma": len(MMA.findall(sass)),
+        "instructions": len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", sass, re.M)),
+        "shared": compiled.metadata.shared,
+    }
+
+
+# ---- cases ---------------------------------------------------------------------------------------------------------
+
+TILE = {"SHIFT": 0, "BLOCK_M": 8, "BLOCK_N": 128}
+
+
+def elementwise_cases() -> list[Case]:
+    cases = []
+    for t in ("bf16", "fp32"):
+        streams = {"mean_ptr": t, "var_ptr": t, "scale_ptr": "fp32", "bias_ptr": t, "seed_ptr": "i64", "y_ptr": t}
+        grads = {"grad_ptr": t, "var_ptr": t, "scale_ptr": "fp32", "seed_ptr": "i64", "grad_var_ptr": t}
+        sums = {"sum_grad_ptr": "fp32", "sum_alpha_ptr": "fp32"}
+        operands = {"weight_ptr": "fp32", "scale_ptr": "fp32", "cast_ptr": t, "sigma2_ptr": t}
+        operand_grads = {"grad_cast_ptr": t, "grad_sigma2_ptr": t, "grad_weight_ptr": "fp32", "grad_scale_ptr": "fp32"}
+        alpha = {**TILE, "ALPHA": "neuron"}
+        cases += [
+            Case(f"philox_normal {t}", noise_triton._philox_normal_kernel, {"out_ptr": t, "seed_ptr": "i64"}, TILE,
+                 EXACT, 40),
+            Case(f"lrt_sample {t}", lrt_sample_triton._lrt_sample_kernel, streams, alpha, EXACT, 56),
+            Case(f"lrt_sample_backward {t}", lrt_sample_triton._lrt_sample_backward_kernel, grads | sums,
+                 {**alpha, "LIMIT": 3.4e38}, EXACT, 104),
+            Case(f"operands {t}", lrt_linear_triton._operands_kernel, operands,
+                 {"PARAMETERIZATION": "weight", "BLOCK": lrt_linear_triton.ELEMENTS}, {}, 40),
+            Case(f"operands_backward {t}", lrt_linear_triton._operands_backward_kernel, operands | operand_grads,
+                 {"BLOCK": lrt_linear_triton.ELEMENTS}, {}, 48),
+        ]  # fmt: skip
+    return cases
+
+
+def dual_case(rows, dtype, parameter_dtype, parameterization, arch, precision="tf32x3", even_k=True) -> Case:
+    tile = dual_tile(rows, dtype, parameter_dtype, divmod(arch, 10))
+    x, parameter = TYPES[dtype], TYPES[parameter_dtype]
+    pointers = {
+        "x_ptr": x, "weight_ptr": parameter, "scale_ptr": parameter, "bias_ptr": parameter, "seed_ptr": "i64",
+        "y_ptr": x, "var_ptr": TYPES[operand_dtype(dtype)],
+    }  # fmt: skip
+    if parameterization == "variance":
+        del pointers["weight_ptr"]
+    constants = {
+        "PARAMETERIZATION": parameterization, "PRECISION": "tf32" if dtype == torch.float16 else precision,
+        "SHIFT": 0, "EVEN_K": even_k, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k,
+    }  # fmt: skip
+    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, **EXACT}
+    block = f"{tile.block_m}x{tile.block_n}x{tile.block_k}"
+    name = f"lrt_linear {parameterization} {x}/{parameter} {block} w{tile.num_warps} s{tile.num_stages}"
+    budget = 240 if dtype == torch.float32 else 192  # three TF32 products per dot
+    kernel = lrt_linear_triton._lrt_linear_kernel
+    return Case(name + ("" if even_k else " odd I"), kernel, pointers, constants, options, budget, dot=True)
+
+
+def dual_cases(arch: int) -> list[Case]:
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    cases = []
+    for rows in (16, 64, 128):
+        cases += [dual_case(rows, x, p, "weight", arch) for x, p in ((bf16, bf16), (bf16, fp32), (fp16, fp32))]
+        cases += [dual_case(rows, bf16, bf16, "neuron", arch)]
+    for rows in (16, 64):  # the library serves fp32 beyond
+        cases += [dual_case(rows, fp32, fp32, p, arch) for p in ("weight", "neuron")]
+    cases += [dual_case(64, bf16, bf16, p, arch) for p in ("additive", "variance")]
+    cases += [dual_case(64, bf16, bf16, "additive", arch, even_k=False)]
+    # Triton makes a size of 1 a constant, and a constant is not a tensor.
+    ones = dual_case(1, bf16, bf16, "layer", arch, even_k=False)
+    ones.name += ", sizes 1"
+    ones.constants |= {"M": 1, "O": 1, "I": 1}
+    return [*cases, ones]
+
+
+@triton.jit
+def _serialised_kernel(x_ptr, w_ptr, y_ptr, K, BLOCK: tl.constexpr):
+    """Two accumulators in the order that ptxas serialises on sm_90: the check below must see it."""
+    offs = tl.arange(0, BLOCK)
+    first = tl.zeros((BLOCK, BLOCK), tl.float32)
+    second = tl.zeros((BLOCK, BLOCK), tl.float32)
+    for k in range(0, K, BLOCK):
+        x = tl.load(x_ptr + offs[:, None] * K + k + offs[None, :])
+        w = tl.load(w_ptr + offs[:, None] * K + k + offs[None, :])
+        first = tl.dot(x * x, w.T, first)
+        second = tl.dot(x, w.T, second)
+    tl.store(y_ptr + offs[:, None] * BLOCK + offs[None, :], first + second)
+
+
+def control_case() -> Case:
+    pointers = {"x_ptr": "bf16", "w_ptr": "bf16", "y_ptr": "fp32"}
+    return Case("control: serialised", _serialised_kernel, pointers, {"BLOCK": 64}, EXACT, dot=True)
+
+
+if __name__ == "__main__":
+    architecture = int(sys.argv[1])
+    cases = [*elementwise_cases(), *dual_cases(architecture), control_case()]
+    for each in {case.name: case for case in cases}.values():  # several numbers of rows may share a tile
+        print(json.dumps(compile_case(each, architecture)), flush=True)
