@@ -71,7 +71,7 @@ template <class F, class U> LSF_INLINE KLTerm<F> kl_ard(F log_alpha) {
 
 // The three-constant approximation of the log-uniform KL: ARD's and k1 sigmoid(-u), u = k2 + k3 log_alpha.
 template <class F, class U> LSF_INLINE KLTerm<F> kl_log_uniform_approximate(F log_alpha) {
-  constexpr float k1 = 0.63576f, k2 = 1.8732f, k3 = 1.48695f;
+  constexpr double k1 = 0.63576, k2 = 1.8732, k3 = 1.48695;
   const F one = constant<F>(1.0f), u = fused_mul_add(log_alpha, constant<F>(k3), constant<F>(k2));
   const F t = exponential_or_zero<F, U>(-magnitude(log_alpha)), s = exponential_or_zero<F, U>(-magnitude(u));
   // One division for the two sigmoids.
