@@ -56,6 +56,12 @@ def register_autograd(name: str, backward, setup_context) -> None:
     torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=_library)
 
 
+def register_autograd_kernel(name: str, kernel) -> None:
+    """Let ``kernel`` differentiate operator ``name`` by an ``autograd.Function`` of its own: it sees the arguments
+    before autograd does, and calls the operator below it (``torch._C._AutoDispatchBelowAutograd``)."""
+    _library.impl(name, kernel, "Autograd")
+
+
 def register_vmap(name: str, rule) -> None:
     torch.library.register_vmap(f"{NAMESPACE}::{name}", rule, lib=_library)
 
@@ -110,6 +116,11 @@ def second_order(formula, inputs, grad, outgoing):
         )
     by_input = dict(zip((grad, *present), found, strict=True))
     return tuple(None if t is None else by_input[t] for t in (grad, *inputs))
+
+
+def saved_memory_is_free() -> bool:
+    """Whether autograd frees what the running backward's forward has saved, so that it may be overwritten."""
+    return not torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 @contextlib.contextmanager

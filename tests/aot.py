@@ -8,6 +8,7 @@ needs no GPU, but a process of its own per architecture (Triton's lowering remem
 
 import contextlib
 import io
+import itertools
 import json
 import re
 import subprocess
@@ -22,7 +23,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from losssurf_fast.ops import lrt_linear_triton, lrt_sample_triton, noise_triton
+from losssurf_fast.ops import kl_triton, lrt_linear_triton, lrt_sample_triton, noise_triton
 from losssurf_fast.ops.lrt import operand_dtype
 from losssurf_fast.ops.lrt_strategy import dual_tile
 from losssurf_fast.ops.noise_triton import EXACT, PLACE_ARGUMENTS
@@ -30,6 +31,7 @@ from losssurf_fast.ops.noise_triton import EXACT, PLACE_ARGUMENTS
 # Tensor-core instructions of Ampere to Ada, Hopper, Blackwell.
 MMA = re.compile(r"\b(?:HMMA|QMMA|IMMA|HGMMA|QGMMA|IGMMA|UTC[A-Z]*MMA)\b")
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+FLOAT_ARGUMENTS = ("count", "precision", "log_variance")
 
 
 @dataclass
@@ -59,8 +61,9 @@ def compile_case(case: Case, arch: int) -> dict:
             else:
                 attributes[(index,)] = [["tt.divisibility", 16]]
         else:
-            signature[name] = "i64" if name in PLACE_ARGUMENTS else "i32"
-            if name not in (*PLACE_ARGUMENTS, "steps"):
+            kinds = dict.fromkeys(PLACE_ARGUMENTS, "i64") | dict.fromkeys(FLOAT_ARGUMENTS, "fp32")
+            signature[name] = kinds.get(name, "i32")
+            if name not in (*kinds, "steps", "first"):
                 attributes[(index,)] = [["tt.divisibility", 16]]
     log = io.StringIO()
     with contextlib.redirect_stdout(log):
@@ -116,6 +119,22 @@ def elementwise_cases() -> list[Case]:
                  {"PARAMETERIZATION": "weight", "BLOCK": lrt_linear_triton.ELEMENTS}, {}, 40),
             Case(f"operands_backward {t}", lrt_linear_triton._operands_backward_kernel, operands | operand_grads,
                  {"BLOCK": lrt_linear_triton.ELEMENTS}, {}, 48),
+        ]  # fmt: skip
+    return cases
+
+
+def kl_cases() -> list[Case]:
+    cases = []
+    for t in ("bf16", "fp32"):
+        alpha = {"param_ptr": t, "slope_ptr": t, "partial_ptr": "fp64"}
+        both = alpha | {"weight_ptr": t, "slope_weight_ptr": t}
+        constants = {"LIMIT": 3.4e38, "WEIGHT_LIMIT": 3.4e38, "BLOCK": kl_triton.ELEMENTS}
+        for divergence, pointers in itertools.product(("exact", "approximate", "ard", "normal"), (alpha, both)):
+            name = f"kl {divergence} {t} {len(pointers)} pointers"
+            cases += [Case(name, kl_triton._kl_kernel, pointers, constants | {"DIVERGENCE": divergence}, EXACT, 64)]
+        cases += [
+            Case(f"kl_scale {t}", kl_triton._kl_scale_kernel, {"slope_ptr": t, "grad_ptr": "fp32", "out_ptr": t},
+                 {"IN_PLACE": True, "BLOCK": kl_triton.ELEMENTS}, {}, 24),
         ]  # fmt: skip
     return cases
 
@@ -179,6 +198,6 @@ def control_case() -> Case:
 
 if __name__ == "__main__":
     architecture = int(sys.argv[1])
-    cases = [*elementwise_cases(), *dual_cases(architecture), control_case()]
+    cases = [*elementwise_cases(), *kl_cases(), *dual_cases(architecture), control_case()]
     for each in {case.name: case for case in cases}.values():  # several numbers of rows may share a tile
         print(json.dumps(compile_case(each, architecture)), flush=True)

@@ -47,6 +47,6 @@ def test_compiles_within_budget(compiled, arch):
         assert kernel["registers"] <= kernel["budget"], kernel
         assert kernel["shared"] <= limit, kernel
         assert (kernel["mma"] > 0) == kernel["dot"], kernel
-        assert kernel["instructions"] > 100, kernel  # not a stub
+        assert kernel["instructions"] > 40, kernel  # not a stub, which has 16
     # The check for serialised wgmma sees one where there is one.
     assert bool(control["serialised"]) == (arch == 90), control

@@ -1,4 +1,5 @@
 // The kernels of one instruction set, compiled for the target that the including file has set.
+#include "kl_kernels.h"
 #include "lrt_kernels.h"
 #include "noise_kernels.h"
 
@@ -10,4 +11,6 @@ const Kernels LSF_ISA = {
     lrt_sample,
     lrt_sample_backward,
     map,
+    kl_sum,
+    kl_scale,
 };

@@ -51,6 +51,14 @@ enum class Map {
   weight_grads,  // out0 = in0 + 2 in1 a in2, out1 = a in1^2 in2, a = exp(in3)  "weight" parameterization
 };
 
+// The divergences of ops/kl.py. in[0] is log_alpha, or log_sigma2 where in[1], the weight, is there.
+enum class KL { log_uniform, log_uniform_approximate, ard, normal };
+
+// N(0, 1 / precision), for KL::normal
+struct Prior {
+  float precision, log_variance;
+};
+
 struct Kernels {
   const char* instruction_set;
   // out = noise; tiles in fp32 that hold whole quads of whole rows, or of one row, may be of any size
@@ -64,6 +72,10 @@ struct Kernels {
   void (*lrt_sample_backward)(NoiseStream, Tile, Matrix grad, Alpha, Matrix var, Matrix grad_var, float* bias_sums,
                               float* alpha_sums);
   void (*map)(Map, int64_t n, const Array* in, const Array* out);
+  // Sum of the KL of at most kTile elements; in[1].data may be null. slopes[k] = dKL / din[k], where slopes is not null.
+  double (*kl_sum)(KL, Prior, int64_t n, const Array* in, const Array* slopes);
+  // out = scale in
+  void (*kl_scale)(float scale, int64_t n, const Array* in, const Array* out);
 };
 
 // Kernels of the best instruction set of this CPU, or of the one chosen by use_instruction_set.

@@ -3,12 +3,13 @@
 import importlib.util
 
 from losssurf_fast._library import explain_missing
+from losssurf_fast.ops.kl import kl_ard, kl_log_uniform, kl_normal
 from losssurf_fast.ops.lrt import lrt_linear, lrt_sample
 from losssurf_fast.ops.noise import philox_normal
 
 if importlib.util.find_spec("triton"):
-    from losssurf_fast.ops import lrt_linear_triton, lrt_sample_triton, noise_triton  # noqa: F401
+    from losssurf_fast.ops import kl_triton, lrt_linear_triton, lrt_sample_triton, noise_triton  # noqa: F401
 else:
     explain_missing("cuda", "triton is not installed")
 
-__all__ = ["lrt_linear", "lrt_sample", "philox_normal"]
+__all__ = ["kl_ard", "kl_log_uniform", "kl_normal", "lrt_linear", "lrt_sample", "philox_normal"]
