@@ -48,6 +48,7 @@ def test_bench_needs_a_checkout(monkeypatch, tmp_path):
 
 def test_bench_passes_its_arguments_on(monkeypatch, tmp_path):
     (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "__init__.py").touch()  # else a real benchmarks package further down the path wins
     (tmp_path / "benchmarks" / "run.py").write_text("def main(argv):\n    print(argv)\n    return 7\n")
     monkeypatch.setattr(lsf, "__file__", str(tmp_path / "losssurf_fast" / "__init__.py"))
     monkeypatch.setattr(sys, "path", list(sys.path))
