@@ -15,8 +15,8 @@ import torch
 from losssurf_fast.demo import report
 from losssurf_fast.demo.data import load
 from losssurf_fast.demo.models import NETWORKS, network
-from losssurf_fast.demo.timing import HIDDEN, compare
-from losssurf_fast.demo.train import BATCH, train
+from losssurf_fast.demo.timing import BATCH, HIDDEN, compare
+from losssurf_fast.demo.train import train
 
 WIDTH = 256  # of the two hidden layers
 
@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise SystemExit(f"demo: --out {out} cannot be made: {error.strerror}") from error
     data = load(arguments.data, arguments.root)
     epochs = arguments.epochs or {"digits": 100, "mnist": 5}[data.name]
-    blocks, steps = (2, 2) if arguments.quick else (15, 5)
+    blocks, steps = (2, 2) if arguments.quick else (20, 5)
     if arguments.quick:
         epochs = min(epochs, 2)
 
@@ -84,7 +84,7 @@ def run(arguments: argparse.Namespace) -> int:
             t = compare(data, parameterization, blocks, steps, seconds=20)
         times = f"eager {t.eager_ms:7.2f} ms   ours {t.ours_ms:7.2f} ms   {t.ratio:.2f}x"
         print(f"{parameterization:9s} {times}", flush=True)
-    print("forward, backward and Adam on one thread, fastest of")
+    print("forward, backward and Adam on one thread, medians of")
     print(f"{t.blocks} alternating blocks of {steps} steps\n")
 
     for path in report.save_pictures(out, results, models["variance"], data):
