@@ -86,7 +86,9 @@ def to_lrt(
     if not chosen:
         raise ValueError(f"to_lrt: the model has no nn.Linear to convert; {report}")
 
-    scales: dict[int, nn.Parameter] = {}  # id of a weight -> the scale of the layers that share it
+    # id of a weight -> the scale of the layers that share it, also of those that an earlier call converted
+    earlier = [m for m in model.modules() if isinstance(m, LRTLinear) and m.parameterization == parameterization]
+    scales = {id(layer.weight): layer.scale for layer in earlier if layer.weight is not None}
     for module in chosen.values():
         weight = module.weight
         module.__class__ = LRTLinear

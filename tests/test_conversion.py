@@ -74,10 +74,12 @@ def test_meta_model():
     assert torch.isfinite(model[0].log_sigma2).all()
 
 
-def test_tied_weights_share_their_noise():
+@pytest.mark.parametrize("calls", [[None], ["0", "1"]])
+def test_tied_weights_share_their_noise(calls):
     model = nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 5))
     model[1].weight = model[0].weight
-    lsf.to_lrt(model, "additive")
+    for include in calls:
+        lsf.to_lrt(model, "additive", include=include)
     assert model[1].weight is model[0].weight
     assert model[1].log_sigma2 is model[0].log_sigma2
     torch.testing.assert_close(lsf.kl_divergence(model), model[0].kl())
