@@ -74,3 +74,9 @@ def dual_tile(rows: int, dtype: torch.dtype, parameter_dtype: torch.dtype, capab
     stage = block_k * (block_m * dtype.itemsize + 2 * block_n * parameter_dtype.itemsize)
     num_stages = max(2, min(4, shared_memory(capability) // stage + 1))  # one fewer buffers than stages
     return Tile(block_m, block_n, block_k, num_warps, num_stages)
+
+
+def parameter_tile(rows: int, dtype: torch.dtype) -> Tile:
+    """Tile ``[block_m of O, block_n of I]`` of the dual kernel for parameter gradients; its loop is over ``rows``."""
+    block_k = 32 if rows > 16 and dtype == torch.bfloat16 else 16
+    return Tile(64, 64, block_k, num_warps=8, num_stages=3)
