@@ -13,5 +13,21 @@ except ImportError as error:
         f"({torch.__version__}) with `pip install --no-build-isolation .` in the source tree."
     ) from error
 
+from losssurf_fast import nn
+from losssurf_fast.conversion import ConversionReport, conversion_report, to_lrt
+from losssurf_fast.objective import ELBOLoss, kl_divergence
+from losssurf_fast.prediction import predict, prediction
+
 __version__ = "0.1.0"
-__all__ = ["kernel_for", "ops"]
+__all__ = [
+    "ConversionReport",
+    "ELBOLoss",
+    "conversion_report",
+    "kernel_for",
+    "kl_divergence",
+    "nn",
+    "ops",
+    "predict",
+    "prediction",
+    "to_lrt",
+]

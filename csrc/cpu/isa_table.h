@@ -1,6 +1,4 @@
 // The kernels of one instruction set, compiled for the target that the including file has set.
-#pragma GCC optimize("schedule-insns", "sched-pressure")  // interleaves independent work: Step in noise_kernels.h
-#pragma GCC diagnostic ignored "-Wuninitialized"  // in GCC's own AVX-512 headers
 #include "lrt_kernels.h"
 #include "noise_kernels.h"
 

@@ -1,22 +1,15 @@
-// Noise of one tile into an L1 buffer, for every kernel that consumes noise; and its plain copy.
+// Noise of one tile, into an L1 buffer for every kernel that consumes noise, or straight into the output.
 #pragma once
 #include "pair.h"
-#include "simd.h"
 
 #include "../philox.h"  // after the overloads for lanes and pairs
 
 namespace {
 
-// One step: as many counters as keep the ports busy and fit the registers.
-#if LSF_LANES == 16
+// One step: four vectors of counters hide the latency of a Philox round.
 typedef Two<Two<WideWords>> Counters;
 typedef Two<Two<Words>> StepWords;
 typedef Two<Two<Floats>> StepFloats;
-#else
-typedef Two<WideWords> Counters;
-typedef Two<Words> StepWords;
-typedef Two<Floats> StepFloats;
-#endif
 constexpr ptrdiff_t kStep = sizeof(Counters) / sizeof(uint64_t);
 
 // The buffer of a tile's noise: rows of whole quads, so that a row may start inside a quad.
@@ -37,8 +30,8 @@ struct KeyTable {
   LSF_INLINE PhiloxKey round(int r) const { return keys[r]; }
 };
 
-// `even` holds columns 0 and 2 of each quad, `odd` columns 1 and 3. Unpacking them yields whole quads, those of the even
-// 64-bit lanes before those of the odd ones; lane_of(i) is the lane of a step whose quad comes out as number i.
+// `even` holds columns 0 and 2 of each quad, `odd` columns 1 and 3. Unpacking them yields whole quads, those of the
+// even 64-bit lanes before those of the odd ones; lane_of(i) is the lane of a step whose quad comes out as number i.
 constexpr ptrdiff_t lane_of(ptrdiff_t i) {
   constexpr ptrdiff_t n = kLanes / 2;  // quads per vector
   return i / n * n + i % n * 2 % n + i % n * 2 / n;
@@ -157,7 +150,8 @@ void philox_words(uint64_t seed, const int64_t* counters, int64_t n, int64_t* ou
     c = philox4x32_10(c, keys);
     for (int lane = 0; lane < lanes && i + lane < n; ++lane) {
       int64_t* p = out + 4 * (i + lane);
-      p[0] = (uint32_t)c.w0[lane], p[1] = (uint32_t)c.w1[lane], p[2] = (uint32_t)c.w2[lane], p[3] = (uint32_t)c.w3[lane];
+      p[0] = (uint32_t)c.w0[lane], p[1] = (uint32_t)c.w1[lane];
+      p[2] = (uint32_t)c.w2[lane], p[3] = (uint32_t)c.w3[lane];
     }
   }
 }

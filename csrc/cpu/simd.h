@@ -190,6 +190,10 @@ LSF_INLINE Floats load(const float* p, Part part) {
 LSF_INLINE void store(float* p, Floats x, Part part) {
   _mm512_mask_storeu_ps(p, (__mmask16)((1u << part.n) - 1), (__m512)x);
 }
+#elif LSF_LANES == 8
+LSF_INLINE __m256i lanes_of(Part part) { return (__m256i)((Ints){0, 1, 2, 3, 4, 5, 6, 7} < (int32_t)part.n); }
+LSF_INLINE Floats load(const float* p, Part part) { return (Floats)_mm256_maskload_ps(p, lanes_of(part)); }
+LSF_INLINE void store(float* p, Floats x, Part part) { _mm256_maskstore_ps(p, lanes_of(part), (__m256)x); }
 #else
 LSF_INLINE Floats load(const float* p, Part part) {
   Floats x = {};

@@ -1,0 +1,1 @@
+"""Measurements: ``benchmarks.run`` appends rows to ``results/``, ``benchmarks.report`` shows them."""

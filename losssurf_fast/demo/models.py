@@ -1,0 +1,64 @@
+"""The demo's networks: a perceptron with one noisy layer, and the layers it is compared to."""
+
+from collections import OrderedDict
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from losssurf_fast.conversion import to_lrt
+from losssurf_fast.nn import StochasticLayer
+
+NETWORKS = ("dropout", "layer", "neuron", "weight", "additive", "variance")
+
+
+class Dropout(StochasticLayer):
+    """Binary dropout with probability 1/2 that follows ``lsf.prediction``."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.dropout(x, 0.5, training=self.draws_noise)
+
+
+class EagerLRT(nn.Module):
+    """A linear layer with the local reparameterization trick as one writes it in plain PyTorch."""
+
+    def __init__(self, linear: nn.Linear, log_sigma2: torch.Tensor, zero_mean: bool) -> None:
+        super().__init__()
+        self.weight = None if zero_mean else nn.Parameter(linear.weight.detach().clone())
+        self.bias = nn.Parameter(linear.bias.detach().clone())
+        self.log_sigma2 = nn.Parameter(log_sigma2.detach().clone())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mean = self.bias if self.weight is None else F.linear(x, self.weight, self.bias)
+        std = torch.sqrt(F.linear(x * x, self.log_sigma2.exp()) + 1e-16)
+        return mean + std * torch.randn_like(std)
+
+    def kl(self) -> torch.Tensor | float:
+        """The usual approximation of the log-uniform KL (Molchanov et al., ICML 2017)."""
+        if self.weight is None:
+            return 0.0
+        log_alpha = self.log_sigma2 - torch.log(self.weight.square() + 1e-8)
+        return (0.63576 * torch.sigmoid(-1.8732 - 1.48695 * log_alpha) + 0.5 * F.softplus(-log_alpha)).sum()
+
+
+def perceptron(inputs: int, hidden: int, classes: int, seed: int, dropout: bool = False) -> nn.Sequential:
+    """inputs - hidden - hidden - classes with ReLU; the same seed gives the same weights, with dropout or without."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        parts = [
+            ("first", nn.Linear(inputs, hidden)),
+            ("relu1", nn.ReLU()),
+            ("hidden", nn.Linear(hidden, hidden)),
+            ("relu2", nn.ReLU()),
+            ("last", nn.Linear(hidden, classes)),
+        ]
+    if dropout:
+        parts.insert(2, ("dropout", Dropout()))
+    return nn.Sequential(OrderedDict(parts))
+
+
+def network(kind: str, inputs: int, hidden: int, classes: int, seed: int) -> nn.Sequential:
+    """The network with binary dropout, or the one whose ``hidden`` layer has the parameterization ``kind``."""
+    if kind == "dropout":
+        return perceptron(inputs, hidden, classes, seed, dropout=True)
+    return to_lrt(perceptron(inputs, hidden, classes, seed), kind, include="hidden")

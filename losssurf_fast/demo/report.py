@@ -1,0 +1,157 @@
+"""What the demo shows: the talk's table as text, and three pictures."""
+
+import math
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+
+from losssurf_fast.demo.data import Data
+from losssurf_fast.demo.train import Result
+
+COLUMNS = ("network", "ELBO", "stoch.", "determ.", "ensemble")
+
+
+def rows(results: list[Result]) -> list[tuple[str, ...]]:
+    percent = lambda fraction: f"{100 * fraction:.1f}"
+    return [
+        (
+            r.network,
+            "-" if r.elbo is None else f"{r.elbo:.1f}",
+            percent(r.stochastic),
+            percent(r.deterministic),
+            percent(r.ensemble),
+        )
+        for r in results
+    ]
+
+
+def table(results: list[Result]) -> str:
+    """The talk's table, one network per line, 52 columns wide."""
+    line = "{:10s}{:>12s}{:>10s}{:>10s}{:>10s}".format
+    return "\n".join([line(*COLUMNS), "-" * 52, *(line(*row) for row in rows(results))])
+
+
+def save_pictures(folder: Path, results: list[Result], variance_network, data: Data) -> list[Path]:
+    """table.png, training.png and weights.png; a picture appears only when it is complete."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    folder.mkdir(parents=True, exist_ok=True)
+    figures = {
+        "table.png": _table_figure(results, data.name),
+        "training.png": _training_figure(results, data.chance()),
+        "weights.png": _weights_figure(variance_network, data),
+    }
+    paths = []
+    for name, figure in figures.items():
+        paths.append(folder / name)
+        save_atomically(figure, paths[-1])
+    return paths
+
+
+def save_atomically(figure, path: Path) -> None:
+    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=path.suffix)
+    os.close(handle)
+    try:
+        figure.savefig(temporary, dpi=150)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _figure(width: float, height: float):
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _table_figure(results: list[Result], data: str):
+    figure = _figure(6.4, 0.62 + 0.36 * (len(results) + 1))
+    axes = figure.add_subplot()
+    axes.axis("off")
+    axes.set_title(f"Accuracy (%) on {data} under three prediction schemes", fontsize=11)
+    header = ("network", "ELBO", "stochastic", "deterministic", "ensemble")
+    cells = axes.table(
+        cellText=rows(results), colLabels=header, cellLoc="right", colLoc="right", bbox=(0, 0, 1, 1), edges="horizontal"
+    )
+    cells.auto_set_font_size(False)
+    cells.set_fontsize(10)
+    for (row, column), cell in cells.get_celld().items():
+        cell.set_edgecolor("#bbbbbb")
+        if row == 0:
+            cell.set_text_props(weight="bold")
+        if column == 0:
+            cell.set_text_props(ha="left")
+        if row > 0 and results[row - 1].network == "variance" and column == 3:
+            cell.set_text_props(color="#b2182b", weight="bold")
+    return figure
+
+
+_COLOURS = {
+    "dropout": "#222222", "layer": "#c6dbef", "neuron": "#9ecae1", "weight": "#4292c6", "additive": "#08519c",
+    "variance": "#d7301f",
+}  # fmt: skip
+
+
+def _training_figure(results: list[Result], chance: float):
+    figure = _figure(7.2, 3.4)
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, scheme in zip(panels, ("deterministic", "ensemble"), strict=True):
+        for r in results:
+            curve = [100 * value for value in getattr(r, f"curve_{scheme}")]
+            strong = r.network in ("dropout", "variance")
+            axes.plot(r.epochs, curve, color=_COLOURS[r.network], lw=2 if strong else 1.4, label=r.network)
+        axes.axhline(100 * chance, color="#888888", lw=0.8, ls=":")
+        axes.set_title(scheme, fontsize=11)
+        axes.set_xlabel("epoch")
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:.0f}")
+        axes.set_ylim(0, 102)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("test accuracy (%)")
+    panels[0].text(results[0].epochs[-1], 100 * chance + 2, "chance", ha="right", color="#666666", fontsize=8)
+    figure.legend(
+        *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False, fontsize=9
+    )
+    return figure
+
+
+@torch.no_grad()
+def _weights_figure(model, data: Data):
+    """The deviations of the variance network's weights, and what its noisy units carry for each class."""
+    layer, digits = model.hidden, range(data.classes)
+    inputs = model.relu1(model.first(data.test_x))
+    std = (inputs.square() @ layer.log_sigma2.exp().t()).sqrt()
+    by_class = lambda values: torch.stack([values[data.test_y == c].mean(0) for c in digits])
+    std_of_class, input_of_class = by_class(std), by_class(inputs)  # [classes, units]
+    units = std_of_class.std(0).topk(min(60, std.shape[1])).indices  # those that tell classes apart most
+    units = units[std_of_class[:, units].argmax(0).argsort(stable=True)]
+    sources = input_of_class.argmax(0).argsort(stable=True)
+    std_of_class, mean_of_class = std_of_class[:, units], layer.bias[units].abs().expand(data.classes, -1)
+
+    figure = _figure(9.6, 3.8)
+    left, right = figure.subfigures(1, 2, width_ratios=(1, 1.2))
+    axes = left.subplots()
+    log_sigma = layer.log_sigma2[units][:, sources] / (2 * math.log(10))
+    image = axes.imshow(log_sigma.numpy(), cmap="magma", vmin=-3, vmax=1, aspect="auto", interpolation="nearest")
+    axes.set_title("log10 of the weights' deviations; all means are 0", fontsize=10)
+    axes.set_xlabel("inputs, by the digit that excites them")
+    axes.set_ylabel(f"{len(units)} most telling units, by digit")
+    left.colorbar(image, ax=axes, extend="both")
+    panels = right.subplots(2, 1, sharex=True, sharey=True)
+    limit = std_of_class.flatten().quantile(0.99).item()
+    for axes, values, title in (
+        (panels[0], mean_of_class, "|mean| of a unit's signal: the same for every digit"),
+        (panels[1], std_of_class, "its standard deviation: this tells the digits apart"),
+    ):
+        image = axes.imshow(values.numpy(), cmap="magma", vmin=0, vmax=limit, aspect="auto", interpolation="nearest")
+        axes.set_title(title, fontsize=10)
+        axes.set_ylabel("digit")
+        axes.set_yticks(digits, digits, fontsize=7)
+    panels[1].set_xlabel("the same units")
+    right.colorbar(image, ax=list(panels), extend="max")
+    return figure

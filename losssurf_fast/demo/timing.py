@@ -1,0 +1,82 @@
+"""The same training run with layers in plain PyTorch and with ours, in alternating blocks."""
+
+import dataclasses
+import statistics
+import time
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from losssurf_fast.conversion import to_lrt
+from losssurf_fast.demo.data import Data
+from losssurf_fast.demo.models import EagerLRT, perceptron
+from losssurf_fast.objective import ELBOLoss
+
+HIDDEN, BATCH = 1024, 512
+
+
+@dataclasses.dataclass
+class Timing:
+    """Milliseconds per training step: medians over blocks, and the median of the ratios of neighbouring blocks."""
+
+    parameterization: str
+    eager_ms: float
+    ours_ms: float
+    ratio: float
+    blocks: int
+    steps: int
+
+
+def compare(data: Data, parameterization: str, blocks: int, steps: int, seconds: float) -> Timing:
+    """Time up to ``blocks`` pairs of ``steps`` training steps on the ELBO: forward, backward and Adam.
+
+    On a slow or busy machine fewer pairs, at least two, keep it near ``seconds``.
+    """
+    ours = to_lrt(perceptron(data.train_x.shape[1], HIDDEN, data.classes, seed=0), parameterization, include="hidden")
+    eager = perceptron(data.train_x.shape[1], HIDDEN, data.classes, seed=0)
+    eager.hidden = EagerLRT(eager.hidden, ours.hidden.log_sigma2, zero_mean=parameterization == "variance")
+    num_data = len(data.train_x)
+    runs = {
+        "eager": _Run(eager, data, lambda *args: num_data * F.cross_entropy(*args) + eager.hidden.kl()),
+        "ours": _Run(ours, data, ELBOLoss(ours, num_data, exact=False)),
+    }
+    for run in runs.values():
+        run.block(3)  # first steps allocate
+    milliseconds: dict[str, list[float]] = {"eager": [], "ours": []}
+    began = time.perf_counter()
+    for i in tqdm(range(blocks), desc=f"timing {parameterization}", unit="pair", ncols=60, leave=False):
+        if i >= 2 and time.perf_counter() - began > seconds:
+            break
+        for name in ("eager", "ours") if i % 2 == 0 else ("ours", "eager"):
+            milliseconds[name].append(runs[name].block(steps))
+    ratios = [e / o for e, o in zip(milliseconds["eager"], milliseconds["ours"], strict=True)]
+    return Timing(
+        parameterization,
+        statistics.median(milliseconds["eager"]),
+        statistics.median(milliseconds["ours"]),
+        statistics.median(ratios),
+        len(ratios),
+        steps,
+    )
+
+
+class _Run:
+    def __init__(self, model: nn.Module, data: Data, loss_fn) -> None:
+        self.model, self.data, self.step = model, data, 0
+        self.optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
+        self.loss_fn = loss_fn
+
+    def block(self, steps: int) -> float:
+        """Train for ``steps`` and return milliseconds per step."""
+        batches = len(self.data.train_x) // BATCH
+        began = time.perf_counter()
+        for _ in range(steps):
+            rows = slice(self.step % batches * BATCH, self.step % batches * BATCH + BATCH)
+            loss = self.loss_fn(self.model(self.data.train_x[rows]), self.data.train_y[rows])
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+            self.step += 1
+        return (time.perf_counter() - began) * 1e3 / steps

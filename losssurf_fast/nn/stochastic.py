@@ -1,0 +1,48 @@
+"""What ``prediction``, ``predict`` and ``kl_divergence`` know of a layer that draws noise."""
+
+from torch import nn
+
+
+class StochasticLayer(nn.Module):
+    """Base of layers that draw noise; derive from it to let ``lsf.prediction`` rule a layer of your own.
+
+    Such a layer asks :attr:`draws_noise` in its forward. ``lsf.prediction`` and ``lsf.predict`` set
+    :attr:`prediction_scheme`; where it is None the layer follows ``train()`` and ``eval()``.
+    """
+
+    prediction_scheme: str | None = None
+
+    @property
+    def draws_noise(self) -> bool:
+        if self.prediction_scheme is None:
+            return self.training
+        return self.prediction_scheme == "stochastic"
+
+
+def stochastic_layers(model: nn.Module, caller: str) -> list[StochasticLayer]:
+    """The stochastic layers of ``model``, each once.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+        RuntimeError: a layer's parent reads its weight past its forward, so that its noise would be lost in silence.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{caller}: model must be a torch.nn.Module, got {type(model).__name__}")
+    for name, module in model.named_modules():
+        if isinstance(module, nn.MultiheadAttention) and isinstance(module.out_proj, StochasticLayer):
+            raise RuntimeError(
+                f"{caller}: {_join(name, 'out_proj')} is a stochastic layer, but nn.MultiheadAttention reads its "
+                "weight without calling it, so it would draw no noise; put a plain nn.Linear there"
+            )
+        if isinstance(module, nn.TransformerEncoderLayer) and module.activation_relu_or_gelu:
+            inside = [m for m in (module.linear1, module.linear2) if isinstance(m, StochasticLayer)]
+            if inside:
+                raise RuntimeError(
+                    f"{caller}: the fast path of nn.TransformerEncoderLayer {name!r} reads the weights of its "
+                    "stochastic layers without calling them; convert it with to_lrt, which turns that path off"
+                )
+    return [module for module in model.modules() if isinstance(module, StochasticLayer)]
+
+
+def _join(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name

@@ -1,0 +1,119 @@
+"""The evidence lower bound of a stochastic model: the KL divergence of its weights, and the loss to minimise."""
+
+import functools
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from losssurf_fast import ops
+from losssurf_fast.nn.lrt import LRTLinear
+from losssurf_fast.nn.stochastic import stochastic_layers
+
+PRIORS = ("log_uniform", "ard", "normal")
+
+
+def kl_divergence(
+    model: nn.Module, prior: str = "log_uniform", *, exact: bool = True, prior_std: float = 1.0
+) -> torch.Tensor:
+    """KL divergence of the posterior of ``model``'s stochastic weights from their prior: a differentiable scalar.
+
+    One operator call serves all layers with ``log_alpha`` and one all "additive" ones; layers that share their weights
+    count once.
+
+    Args:
+        model: a module with ``LRTLinear`` layers, or one such layer.
+        prior: "log_uniform" (p(w) ~ 1/|w|; up to the constant that makes it 0 for alpha -> infinity), "ard" (a Gaussian
+            whose variance is the best one for each weight) or "normal" (N(0, prior_std^2)). Under the first two a
+            "variance" layer contributes exactly 0 (and to the KL from "normal" like any other).
+        exact: False takes the three-constant approximation of the log-uniform KL.
+        prior_std: standard deviation of the "normal" prior.
+
+    Returns:
+        0-d float32 tensor, float64 for float64 parameters.
+
+    Raises:
+        TypeError, ValueError: not a module, unknown prior, or a model without such layers.
+    """
+    if prior not in PRIORS:
+        raise ValueError(f"kl_divergence: prior must be one of {PRIORS}, got {prior!r}")
+    if not prior_std > 0:
+        raise ValueError(f"kl_divergence: prior_std must be positive, got {prior_std}")
+    layers = [m for m in stochastic_layers(model, "kl_divergence") if isinstance(m, LRTLinear)]
+    if not layers:
+        raise ValueError(
+            f"kl_divergence: {type(model).__name__} has no stochastic layers; convert it with lsf.to_lrt first"
+        )
+    layers = list({id(layer.scale): layer for layer in layers}.values())  # tied ones share their scale
+    if prior == "normal":
+        return _normal(layers, prior_std)
+    family = ops.kl_ard if prior == "ard" else functools.partial(ops.kl_log_uniform, exact=exact)
+    additive = [layer for layer in layers if layer.parameterization == "additive"]
+    multiplicative = [layer for layer in layers if layer.scale_name == "log_alpha"]
+    terms = []
+    if additive:
+        terms.append(family([layer.scale for layer in additive], weight=[layer.weight for layer in additive]))
+    if multiplicative:
+        log_alphas, numels = zip(*((layer.scale, layer.weight.numel()) for layer in multiplicative), strict=True)
+        terms.append(family(log_alphas, numels))
+    return sum(terms) if terms else layers[0].scale.new_zeros(())
+
+
+def _normal(layers: list[LRTLinear], prior_std: float) -> torch.Tensor:
+    variance = [layer for layer in layers if layer.weight is None]
+    others = [layer for layer in layers if layer.weight is not None]
+    terms = []
+    if variance:
+        terms.append(ops.kl_normal(None, [layer.scale for layer in variance], prior_std))
+    if others:
+        terms.append(
+            ops.kl_normal([layer.weight for layer in others], [_log_sigma2(layer) for layer in others], prior_std)
+        )
+    return sum(terms)
+
+
+def _log_sigma2(layer: LRTLinear) -> torch.Tensor:
+    """log of the variances ``[O, I]``."""
+    if layer.parameterization == "additive":
+        return layer.scale
+    alpha = layer.scale.unsqueeze(-1) if layer.parameterization == "neuron" else layer.scale
+    weight = layer.weight.to(layer.scale.dtype)
+    return alpha + weight.square().clamp(min=torch.finfo(weight.dtype).tiny).log()
+
+
+class ELBOLoss(nn.Module):
+    """Negative evidence lower bound: ``num_data * mean cross-entropy + kl_weight * KL``.
+
+    The model is no submodule of the loss, so its parameters appear once in an optimizer or a state_dict.
+
+    Args:
+        model: the stochastic model whose KL is taken.
+        num_data: number of training samples, which the data term is scaled to.
+        prior, exact, prior_std: as for :func:`kl_divergence`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        num_data: int,
+        *,
+        prior: str = "log_uniform",
+        exact: bool = True,
+        prior_std: float = 1.0,
+    ) -> None:
+        super().__init__()
+        if isinstance(num_data, bool) or not num_data > 0:
+            raise ValueError(f"ELBOLoss: num_data must be a positive number, got {num_data!r}")
+        self.num_data, self.prior, self.exact, self.prior_std = num_data, prior, exact, prior_std
+        self._hidden = (model,)  # in a tuple, where nn.Module does not see it
+        with torch.no_grad():
+            kl_divergence(model, prior, exact=exact, prior_std=prior_std)  # complain now, not at the first step
+
+    def forward(self, logits: torch.Tensor, target: torch.Tensor, kl_weight: float = 1.0) -> torch.Tensor:
+        """``logits`` ``[N, classes, ...]`` and ``target`` as for ``F.cross_entropy`` -> scalar, at least float32."""
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        kl = kl_divergence(self._hidden[0], self.prior, exact=self.exact, prior_std=self.prior_std)
+        return self.num_data * F.cross_entropy(wide, target) + kl_weight * kl
+
+    def extra_repr(self) -> str:
+        return f"num_data={self.num_data}, prior={self.prior!r}"

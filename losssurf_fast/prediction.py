@@ -1,0 +1,127 @@
+"""Prediction schemes: deterministic (mean weights), stochastic (one draw), ensemble (mean of softmax over draws)."""
+
+import contextlib
+import math
+
+import torch
+from torch import nn
+
+from losssurf_fast.nn.stochastic import stochastic_layers
+
+SCHEMES = ("deterministic", "stochastic", "ensemble")
+
+
+@contextlib.contextmanager
+def prediction(model: nn.Module, scheme: str):
+    """Within the context, stochastic layers follow ``scheme``, whatever ``train()`` or ``eval()`` say.
+
+    Other layers (BatchNorm, Dropout) are untouched. Contexts nest; the previous scheme comes back on leaving, also by
+    an exception.
+
+    Args:
+        model: a module with stochastic layers.
+        scheme: "deterministic" or "stochastic".
+
+    Raises:
+        ValueError: another scheme, or "stochastic" for a model that draws no noise.
+    """
+    if scheme == "ensemble":
+        raise ValueError(
+            "prediction: an ensemble is many forward passes; call lsf.predict(model, x, scheme='ensemble')"
+        )
+    if scheme not in SCHEMES:
+        raise ValueError(f"prediction: scheme must be 'deterministic' or 'stochastic', got {scheme!r}")
+    layers = stochastic_layers(model, "prediction")
+    if scheme == "stochastic" and not layers:
+        raise ValueError(f"prediction: {type(model).__name__} has no stochastic layers; convert it with lsf.to_lrt")
+    before = [layer.prediction_scheme for layer in layers]
+    try:
+        for layer in layers:
+            layer.prediction_scheme = scheme
+        yield model
+    finally:
+        for layer, previous in zip(layers, before, strict=True):
+            layer.prediction_scheme = previous
+
+
+@torch.no_grad()
+def predict(
+    model: nn.Module,
+    x: torch.Tensor,
+    scheme: str = "ensemble",
+    num_samples: int = 100,
+    *,
+    seed: int | None = None,
+    draws_per_call: int = 1,
+) -> torch.Tensor:
+    """Class probabilities ``[..., classes]`` in float32 (float64 for float64 logits), without gradients.
+
+    "deterministic" is the softmax of the logits at the mean weights, "stochastic" that of one draw, "ensemble" the
+    mean of the softmax over ``num_samples`` draws (accumulated as a log-mean-exp). During the call the whole model is
+    in ``eval()``; every module's mode is restored.
+
+    Args:
+        model: returns logits, classes last.
+        x: passed to the model.
+        num_samples: draws of the ensemble; the other schemes ignore it.
+        seed: fixes the noise and leaves torch's generators as they were. None draws from the default generator.
+        draws_per_call: how many draws one forward pass computes, by stacking as many copies of x along its first
+            dimension. Faster for small batches; only for models whose first dimension is a batch of independent rows.
+
+    Raises:
+        TypeError, ValueError: bad arguments, no stochastic layers to draw from, or an output that is no logits.
+    """
+    if scheme not in SCHEMES:
+        raise ValueError(f"predict: scheme must be one of {SCHEMES}, got {scheme!r}")
+    for argument, value in (("num_samples", num_samples), ("draws_per_call", draws_per_call)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"predict: {argument} must be a positive int, got {value!r}")
+    draws = num_samples if scheme == "ensemble" else 1
+    layer_scheme = "deterministic" if scheme == "deterministic" else "stochastic"
+    with _evaluation(model), prediction(model, layer_scheme), _generator(seed, x):
+        total = None
+        for start in range(0, draws, draws_per_call):
+            log_probs = _log_probabilities(model, x, min(draws_per_call, draws - start))
+            total = log_probs if total is None else torch.logaddexp(total, log_probs)
+    return (total - math.log(draws)).exp()
+
+
+def _log_probabilities(model, x: torch.Tensor, copies: int) -> torch.Tensor:
+    """log of the sum of ``copies`` softmaxes."""
+    logits = model(x if copies == 1 else x.repeat(copies, *[1] * (x.dim() - 1)))
+    if not isinstance(logits, torch.Tensor):
+        raise TypeError(f"predict: the model must return a tensor of logits, got {type(logits).__name__}")
+    log_probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+    if copies == 1:
+        return log_probs
+    if logits.dim() < 2 or logits.shape[0] != copies * x.shape[0]:
+        raise ValueError(
+            f"predict: draws_per_call={copies} needs logits [batch, ..., classes], got {tuple(logits.shape)} for a "
+            f"batch of {copies} * {x.shape[0]}; use draws_per_call=1"
+        )
+    return log_probs.unflatten(0, (copies, x.shape[0])).logsumexp(0)
+
+
+@contextlib.contextmanager
+def _evaluation(model: nn.Module):
+    """``model.eval()``, with every module's own mode restored."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"predict: model must be a torch.nn.Module, got {type(model).__name__}")
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextlib.contextmanager
+def _generator(seed: int | None, x: torch.Tensor):
+    if seed is None:
+        yield
+        return
+    devices = [x.device] if x.is_cuda else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield
