@@ -43,6 +43,7 @@ class Case:
     options: dict[str, object] = field(default_factory=dict)
     budget: int = 255  # registers
     dot: bool = False
+    wide_copies: bool = False  # every copy to shared memory is asynchronous and of 16 bytes
 
 
 def compile_case(case: Case, arch: int) -> dict:
@@ -84,8 +85,11 @@ def compile_case(case: Case, arch: int) -> dict:
         "name": case.name,
         "budget": case.budget,
         "dot": case.dot,
+        "wide_copies": case.wide_copies,
         **found,
         "serialised": sorted(set(re.findall(r"C75\d\d", log))),
+        "copies": len(re.findall(r"\bLDGSTS\.", sass)),
+        "narrow_copies": len(re.findall(r"\bLDGSTS\.(?!\S*\b128\b)", sass)),
         "mma": len(MMA.findall(sass)),
         "instructions": len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", sass, re.M)),
         "shared": compiled.metadata.shared,
@@ -140,7 +144,7 @@ def dual_case(kernel, tile: Tile, x_type, parameter_type, parameterization, **co
     name = f"{kernel.__name__} {parameterization} {x}/{parameter} {tile.block_m}x{tile.block_n}x{tile.block_k}"
     name += f" w{tile.num_warps} s{tile.num_stages}"
     budget = 192 if x_type == torch.bfloat16 else 240  # TF32 operands take twice the registers
-    return Case(name, kernel, pointers, constants, options, budget, dot=True)
+    return Case(name, kernel, pointers, constants, options, budget, dot=True, wide_copies=x_type == torch.bfloat16)
 
 
 def dual_cases(arch: int) -> list[Case]:
@@ -167,6 +171,7 @@ def dual_cases(arch: int) -> list[Case]:
     ]
     for case in ones:
         case.name += ", sizes 1"
+        case.wide_copies = False
     return [*cases, odd, *ones]
 
 

@@ -118,6 +118,18 @@ def test_philox_normal_bits(shape, place):
         assert torch.equal(actual.cpu(), expected)
 
 
+@triton.jit
+def _column_blocks_kernel(out_ptr, cols, SHIFT: tl.constexpr, BLOCK_N: tl.constexpr):
+    tl.store(out_ptr, noise_triton.column_blocks(cols, SHIFT, BLOCK_N))
+
+
+@pytest.mark.parametrize("cols", [1, 1021, 1022, 2**31 - 1, 2**33])
+def test_column_blocks(cols):
+    out = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    _column_blocks_kernel[(1,)](out, cols, SHIFT=3, BLOCK_N=1024)
+    assert out.item() == -(-(cols + 3) // 1024)
+
+
 # ---- lrt_sample ----------------------------------------------------------------------------------------------------
 
 

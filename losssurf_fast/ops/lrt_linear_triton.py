@@ -4,9 +4,8 @@
 kernel with an accumulator for the mean and one for the variance, which reads the parameters once.
 
 GEMM operands have ``operand_dtype``: x's, but fp32 where x is fp16, whose range the squares leave in both directions.
-bf16 would keep the range and lose three bits that fp16 users have; TF32 has fp16's mantissa and fp32's range, so
-the dual kernel multiplies fp16 inputs in TF32, and library GEMMs do where
-``torch.backends.cuda.matmul.fp32_precision`` or ``torch.set_float32_matmul_precision`` allows it.
+bf16 would keep the range and lose three bits that fp16 users have; TF32 has fp16's mantissa and fp32's range, so the
+dual kernels multiply fp16 inputs in TF32. fp32 inputs are multiplied as PyTorch's precision setting says.
 """
 
 import torch

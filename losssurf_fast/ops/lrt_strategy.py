@@ -1,4 +1,4 @@
-"""How ``lrt_linear`` runs on a GPU: which strategy for which shape, and which tiles on which architecture.
+"""How ``lrt_linear`` and its backward run on a GPU: which strategy for which shape, which tiles on which architecture.
 
 * ``"two_gemms"``: x^2 and sigma^2 are written, two library GEMMs, one fused pass for alpha, bias, noise and root. At
   large sizes everything but the GEMMs is under a fifth of the time, so nothing beats the library's GEMM rate.
