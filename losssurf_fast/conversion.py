@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from losssurf_fast.nn.lrt import LRTLinear, check_parameterization
-from losssurf_fast.nn.stochastic import StochasticLayer
+from losssurf_fast.nn.stochastic import StochasticLayer, fast_path_skips_noise
 
 logger = logging.getLogger("losssurf_fast")
 _REPORT = "_losssurf_conversion_report"
@@ -166,9 +166,7 @@ def _why_left(module: nn.Module, attention_outputs: set[int]) -> str | None:
 
 def _turn_off_fast_paths(model: nn.Module) -> None:
     for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer):
-            inside = (module.linear1, module.linear2)
-            if any(isinstance(child, StochasticLayer) for child in inside):
-                module.activation_relu_or_gelu = 0  # only the fast path asks for it
+        if fast_path_skips_noise(module):
+            module.activation_relu_or_gelu = 0  # only the fast path asks for it
         if isinstance(module, nn.TransformerEncoder) and any(isinstance(m, StochasticLayer) for m in module.modules()):
             module.use_nested_tensor = False  # nested tensors are for the layers' fast path

@@ -62,7 +62,7 @@ def predict(
 
     Args:
         model: returns logits, classes last.
-        x: passed to the model.
+        x: passed to the model as its only argument.
         num_samples: draws of the ensemble; the other schemes ignore it.
         seed: fixes the noise and leaves torch's generators as they were. None draws from the default generator.
         draws_per_call: how many draws one forward pass computes, by stacking as many copies of x along its first
@@ -78,7 +78,11 @@ def predict(
             raise ValueError(f"predict: {argument} must be a positive int, got {value!r}")
     draws = num_samples if scheme == "ensemble" else 1
     layer_scheme = "deterministic" if scheme == "deterministic" else "stochastic"
-    with _evaluation(model), prediction(model, layer_scheme), _generator(seed, x):
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
+        raise TypeError(f"predict: seed must be an int or None, got {type(seed).__name__}")
+    if draws_per_call > 1 and not isinstance(x, torch.Tensor):
+        raise TypeError(f"predict: draws_per_call={draws_per_call} needs a tensor x, got {type(x).__name__}")
+    with _evaluation(model), prediction(model, layer_scheme), _generator(seed, model):
         total = None
         for start in range(0, draws, draws_per_call):
             log_probs = _log_probabilities(model, x, min(draws_per_call, draws - start))
@@ -86,7 +90,7 @@ def predict(
     return (total - math.log(draws)).exp()
 
 
-def _log_probabilities(model, x: torch.Tensor, copies: int) -> torch.Tensor:
+def _log_probabilities(model: nn.Module, x, copies: int) -> torch.Tensor:
     """log of the sum of ``copies`` softmaxes."""
     logits = model(x if copies == 1 else x.repeat(copies, *[1] * (x.dim() - 1)))
     if not isinstance(logits, torch.Tensor):
@@ -117,11 +121,11 @@ def _evaluation(model: nn.Module):
 
 
 @contextlib.contextmanager
-def _generator(seed: int | None, x: torch.Tensor):
+def _generator(seed: int | None, model: nn.Module):
     if seed is None:
         yield
         return
-    devices = [x.device] if x.is_cuda else []
-    with torch.random.fork_rng(devices=devices):
+    devices = {p.device for p in model.parameters() if p.is_cuda}
+    with torch.random.fork_rng(devices=sorted(devices, key=str)):
         torch.manual_seed(seed)
         yield

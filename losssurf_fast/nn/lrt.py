@@ -94,7 +94,7 @@ class LRTLinear(StochasticLayer, nn.Linear):
     @property
     def scale(self) -> nn.Parameter:
         """``log_alpha`` or ``log_sigma2``, as :attr:`scale_name` says."""
-        return self._parameters[self.scale_name]
+        return getattr(self, self.scale_name)
 
     def forward(self, input: torch.Tensor, seed: int | torch.Tensor | None = None) -> torch.Tensor:
         """``[..., in_features]`` -> ``[..., out_features]``.
@@ -133,8 +133,8 @@ class LRTLinear(StochasticLayer, nn.Linear):
         return f"{nn.Linear.extra_repr(self)}, parameterization={self.parameterization!r}"
 
     def _apply(self, fn, recurse=True):
-        scale = self.scale
-        kept = {id(scale), id(scale.grad)}
+        scale = self._parameters.get(self.scale_name)  # None where it is parametrized
+        kept = set() if scale is None else {id(scale), id(scale.grad)}
 
         def keep_wide(tensor):
             out = fn(tensor)

@@ -28,20 +28,28 @@ def stochastic_layers(model: nn.Module, caller: str) -> list[StochasticLayer]:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"{caller}: model must be a torch.nn.Module, got {type(model).__name__}")
+    layers = []
     for name, module in model.named_modules():
-        if isinstance(module, nn.MultiheadAttention) and isinstance(module.out_proj, StochasticLayer):
+        if isinstance(module, StochasticLayer):
+            layers.append(module)
+        elif isinstance(module, nn.MultiheadAttention) and isinstance(module.out_proj, StochasticLayer):
             raise RuntimeError(
                 f"{caller}: {_join(name, 'out_proj')} is a stochastic layer, but nn.MultiheadAttention reads its "
                 "weight without calling it, so it would draw no noise; put a plain nn.Linear there"
             )
-        if isinstance(module, nn.TransformerEncoderLayer) and module.activation_relu_or_gelu:
-            inside = [m for m in (module.linear1, module.linear2) if isinstance(m, StochasticLayer)]
-            if inside:
-                raise RuntimeError(
-                    f"{caller}: the fast path of nn.TransformerEncoderLayer {name!r} reads the weights of its "
-                    "stochastic layers without calling them; convert it with to_lrt, which turns that path off"
-                )
-    return [module for module in model.modules() if isinstance(module, StochasticLayer)]
+        elif fast_path_skips_noise(module):
+            raise RuntimeError(
+                f"{caller}: the fast path of nn.TransformerEncoderLayer {name!r} reads the weights of its stochastic "
+                "layers without calling them; convert it with to_lrt, which turns that path off"
+            )
+    return layers
+
+
+def fast_path_skips_noise(module: nn.Module) -> bool:
+    """Whether this is an encoder layer whose fast path, still on, would pass over stochastic layers."""
+    if not isinstance(module, nn.TransformerEncoderLayer) or not module.activation_relu_or_gelu:
+        return False
+    return any(isinstance(child, StochasticLayer) for child in (module.linear1, module.linear2))
 
 
 def _join(prefix: str, name: str) -> str:

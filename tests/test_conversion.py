@@ -1,0 +1,229 @@
+import copy
+import logging
+import pickle
+
+import pytest
+import torch
+import torch.nn.utils.prune
+from torch import nn
+
+import losssurf_fast as lsf
+
+
+class OwnForward(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class OwnName(nn.Linear):
+    pass
+
+
+def mlp():
+    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
+
+
+@pytest.mark.parametrize("parameterization", ["layer", "neuron", "weight", "additive", "variance"])
+def test_everything_is_kept(parameterization):
+    model = mlp().to(torch.bfloat16).eval()
+    model[0].bias.requires_grad_(False)
+    model[2].weight.requires_grad_(False)
+    calls = []
+    model[0].register_forward_hook(lambda *_: calls.append("hook"))
+    before = dict(model.named_parameters())
+    modules = list(model)
+    assert lsf.to_lrt(model, parameterization) is model
+    assert list(model) == modules
+    for layer in (model[0], model[2]):
+        assert isinstance(layer, lsf.nn.LRTLinear)
+        assert layer.parameterization == parameterization
+        assert layer.scale.dtype == torch.float32
+        assert not layer.training
+    after = dict(model.named_parameters())
+    gone = {"0.weight", "2.weight"} if parameterization == "variance" else set()
+    assert before.keys() - after.keys() == gone
+    assert all(after[name] is p for name, p in before.items() if name not in gone)
+    assert model[0].scale.requires_grad
+    assert not model[2].scale.requires_grad
+    model(torch.randn(2, 6, dtype=torch.bfloat16))
+    assert calls == ["hook"]
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(lsf.to_lrt(mlp(), parameterization)))):
+        assert str(lsf.conversion_report(twin)).startswith("converted 2 layers, left 0")
+
+
+def test_variance_starts_from_the_squared_weights():
+    linear = nn.Linear(6, 4)
+    square = linear.weight.detach().square()
+    torch.testing.assert_close(lsf.to_lrt(linear, "variance").log_sigma2.exp(), square)
+
+
+def test_bare_layer():
+    linear = nn.Linear(6, 4)
+    weight = linear.weight
+    layer = lsf.to_lrt(linear)
+    assert isinstance(layer, lsf.nn.LRTLinear)
+    assert layer.weight is weight
+    assert lsf.conversion_report(layer).converted == {"": "additive"}
+
+
+def test_meta_model():
+    with torch.device("meta"):
+        model = mlp()
+    lsf.to_lrt(model, "additive").to_empty(device="cpu")
+    model[0].reset_parameters()
+    assert torch.isfinite(model[0].log_sigma2).all()
+
+
+def test_tied_weights_share_their_noise():
+    model = nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 5))
+    model[1].weight = model[0].weight
+    lsf.to_lrt(model, "additive")
+    assert model[1].weight is model[0].weight
+    assert model[1].log_sigma2 is model[0].log_sigma2
+    torch.testing.assert_close(lsf.kl_divergence(model), model[0].kl())
+
+
+def test_tied_embedding_stays_tied():
+    model = nn.ModuleDict({"embedding": nn.Embedding(9, 5), "head": nn.Linear(5, 9)})
+    model["head"].weight = model["embedding"].weight
+    lsf.to_lrt(model)
+    assert model["head"].weight is model["embedding"].weight
+    assert lsf.conversion_report(model).left == {"embedding": "Embedding: there is no stochastic layer for it"}
+
+
+def test_shared_module_is_converted_everywhere():
+    shared = nn.Linear(5, 5)
+    model = nn.Sequential(shared, nn.ReLU(), shared)
+    lsf.to_lrt(model)
+    assert model[0] is model[2]
+    assert lsf.conversion_report(model).converted == {"0": "additive"}
+
+
+def test_report_of_what_was_left(caplog):
+    model = nn.ModuleDict(
+        {
+            "plain": nn.Linear(4, 4),
+            "named": OwnName(4, 4),
+            "own": OwnForward(4, 4),
+            "lazy": nn.LazyLinear(4),
+            "normed": nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)),
+            "pruned": nn.utils.prune.random_unstructured(nn.Linear(4, 4), "weight", 0.5),
+            "conv": nn.Conv2d(3, 3, 3),
+            "recurrent": nn.GRU(4, 4),
+            "skipped": nn.Linear(4, 4),
+            "norm": nn.LayerNorm(4),
+        }
+    )
+    patched = nn.Linear(4, 4)
+    patched.forward = lambda x: x
+    model["patched"] = patched
+    with caplog.at_level(logging.INFO, logger="losssurf_fast"):
+        lsf.to_lrt(model, "layer", exclude="skipped")
+    report = lsf.conversion_report(model)
+    assert report.converted == {"plain": "layer", "named": "layer"}
+    left = report.left
+    assert left.pop("skipped") == "not selected by include and exclude"
+    assert left.pop("own") == "OwnForward has a forward of its own"
+    assert left.pop("patched") == "Linear has a forward of its own"
+    assert left.pop("conv") == "Conv2d: there is no stochastic convolution yet"
+    assert left.pop("lazy") == "LazyLinear: its sizes are unknown until a first forward"
+    assert left.pop("normed").endswith("its weight is computed (parametrized, pruned or normalised)")
+    assert left.pop("pruned").endswith("its weight is computed (parametrized, pruned or normalised)")
+    assert left.pop("recurrent") == "GRU: there is no stochastic layer for it"
+    assert all(name.startswith("normed.") for name in left)
+    warnings = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert len(warnings) == 1
+    assert "own: OwnForward has a forward of its own" in warnings[0]
+    assert "skipped" not in warnings[0]
+    assert type(model["own"]) is OwnForward
+
+
+def test_patterns():
+    model = nn.ModuleDict({"body": mlp(), "head": nn.Linear(4, 2)})
+    lsf.to_lrt(model, "variance", include="body.*", exclude=["body.2"])
+    assert lsf.conversion_report(model).converted == {"body.0": "variance"}
+    lsf.to_lrt(model, "layer", include="head")
+    report = lsf.conversion_report(model)
+    assert report.converted == {"body.0": "variance", "head": "layer"}
+    assert report.left == {"body.2": "not selected by include and exclude"}
+    lsf.to_lrt(model, "neuron")
+    assert lsf.conversion_report(model).converted == {"body.0": "variance", "head": "layer", "body.2": "neuron"}
+
+
+def test_report_through_a_wrapper():
+    model = lsf.to_lrt(mlp())
+    assert lsf.conversion_report(torch.compile(model)) is lsf.conversion_report(model)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: lsf.to_lrt(mlp(), "fancy"), ValueError, "to_lrt: parameterization must be one of"),
+        (lambda: lsf.to_lrt(mlp(), "layer", init_log_sigma2=1.0), ValueError, "to_lrt: init_log_sigma2 is for"),
+        (lambda: lsf.to_lrt([nn.Linear(2, 2)]), TypeError, "to_lrt: model must be a torch.nn.Module, got list"),
+        (
+            lambda: lsf.to_lrt(mlp(), include="fc*"),
+            ValueError,
+            r"pattern 'fc\*' matches no nn.Linear; the model has 0, 2",
+        ),
+        (lambda: lsf.to_lrt(mlp(), exclude=[nn.Linear]), TypeError, "exclude must hold names or patterns, got type"),
+        (lambda: lsf.to_lrt(nn.Sequential(nn.Conv1d(1, 1, 1))), ValueError, "has no nn.Linear to convert"),
+        (lambda: lsf.to_lrt(lsf.to_lrt(mlp())), ValueError, "already an LRTLinear"),
+        (lambda: lsf.conversion_report(mlp()), ValueError, "to_lrt was not called on this Sequential"),
+    ],
+)
+def test_errors(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+# ---- modules that read their children's weights past forward ---------------------------------------------------------
+
+
+def encoder(layers=2):
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    return nn.TransformerEncoder(layer, layers)
+
+
+@pytest.mark.parametrize("parameterization", ["layer", "additive", "variance"])
+def test_transformer_encoder_draws_noise(parameterization):
+    model, x = encoder(), torch.randn(3, 5, 8)
+    lsf.to_lrt(model, parameterization, init_log_sigma2=None)
+    report = lsf.conversion_report(model)
+    assert set(report.converted) == {f"layers.{i}.linear{j}" for i in (0, 1) for j in (1, 2)}
+    assert "without calling it" in report.left["layers.0.self_attn.out_proj"]
+    assert "its projections are no nn.Linear" in report.left["layers.0.self_attn"]
+    padding = torch.zeros(3, 5, dtype=torch.bool)
+    padding[0, 3:] = True
+    model.eval()
+    with torch.no_grad(), lsf.prediction(model, "stochastic"):
+        for arguments in ({}, {"src_key_padding_mask": padding}):
+            assert not torch.equal(model(x, **arguments), model(x, **arguments))
+    with torch.no_grad():
+        assert torch.equal(model(x), model(x))
+
+
+def test_transformer_encoder_deterministic_is_the_plain_one():
+    model, x = encoder().eval(), torch.randn(3, 5, 8)
+    with torch.no_grad():
+        expected = model(x)
+        torch.testing.assert_close(lsf.to_lrt(model)(x), expected)
+
+
+def test_multihead_attention_stays_plain():
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2), "head": nn.Linear(8, 2)})
+    lsf.to_lrt(model)
+    assert not isinstance(model["attention"].out_proj, lsf.nn.LRTLinear)
+    with pytest.raises(ValueError, match="reads its weight without calling it"):
+        lsf.to_lrt(nn.MultiheadAttention(8, 2))
+
+
+def test_noise_that_would_be_lost_is_an_error():
+    attention = nn.MultiheadAttention(8, 2)
+    attention.out_proj = lsf.nn.LRTLinear(8, 8)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    layer.linear1 = lsf.nn.LRTLinear(8, 16)
+    for model, message in ((attention, "out_proj is a stochastic layer"), (layer, "fast path")):
+        for call in (lsf.kl_divergence, lambda m: lsf.predict(m, torch.zeros(1, 1, 8))):
+            with pytest.raises(RuntimeError, match=message):
+                call(model)

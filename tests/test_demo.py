@@ -1,0 +1,167 @@
+import argparse
+import sys
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import losssurf_fast as lsf
+from losssurf_fast import demo
+from losssurf_fast.demo import data as demo_data
+from losssurf_fast.demo import report
+from losssurf_fast.demo.models import NETWORKS, EagerLRT, network
+from losssurf_fast.demo.timing import compare
+from losssurf_fast.demo.train import evidence_lower_bound, train
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return demo_data.load("digits", None)
+
+
+def test_digits_are_split_the_same_way_every_time(digits):
+    assert digits.train_x.shape == (1347, 64)
+    assert digits.test_x.shape == (450, 64)
+    assert torch.equal(digits.train_x, demo_data.load("digits", None).train_x)
+    torch.testing.assert_close(digits.train_x.mean().item(), 0.0, atol=1e-5, rtol=0)
+    torch.testing.assert_close(digits.train_x.std().item(), 1.0)
+    assert 0.1 < digits.chance() < 0.12
+
+
+def test_all_networks_start_from_the_same_weights():
+    plain = network("dropout", 64, 16, 10, seed=4)
+    for kind in NETWORKS[1:]:
+        other = network(kind, 64, 16, 10, seed=4)
+        for name in ("first", "last"):
+            assert torch.equal(getattr(plain, name).weight, getattr(other, name).weight)
+        if kind == "variance":
+            torch.testing.assert_close(other.hidden.log_sigma2.exp(), plain.hidden.weight.detach().square())
+        else:
+            assert torch.equal(plain.hidden.weight, other.hidden.weight)
+
+
+def test_the_talks_effect(digits):
+    """A variance network guesses with its mean weights and is right as an ensemble, like binary dropout."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        models = {kind: network(kind, 64, 128, 10, seed=0) for kind in ("dropout", "variance", "additive")}
+        rows = {kind: train(model, digits, 15, 0, kind) for kind, model in models.items()}
+    finally:
+        torch.set_num_threads(threads)
+    assert rows["dropout"].ensemble > 0.94
+    assert rows["variance"].ensemble > 0.93
+    assert rows["variance"].deterministic < 0.13
+    assert 0.8 < rows["variance"].stochastic < rows["variance"].ensemble + 0.01
+    assert rows["additive"].deterministic > 0.8
+    assert rows["dropout"].elbo is None
+    assert rows["variance"].elbo > rows["additive"].elbo
+    assert rows["variance"].epochs[-1] == 15
+    assert len(rows["variance"].epochs) == len(rows["variance"].curve_ensemble)
+
+
+def test_evidence_lower_bound(digits):
+    model = network("layer", 64, 16, 10, seed=0)
+    with torch.no_grad(), lsf.prediction(model, "deterministic"):
+        loss = F.cross_entropy(model(digits.train_x), digits.train_y)
+    expected = -(1347 * loss + lsf.kl_divergence(model)).item()
+    assert abs(evidence_lower_bound(model, digits) - expected) < 0.05 * abs(expected)
+
+
+def test_eager_layer_is_the_same_distribution():
+    ours = lsf.nn.LRTLinear(6, 4, parameterization="additive", init_log_sigma2=-1.0)
+    eager = EagerLRT(ours, ours.log_sigma2, zero_mean=False)
+    x = torch.randn(1, 6).expand(40_000, 6)
+    with torch.no_grad():
+        a, b = ours(x), eager(x)
+    torch.testing.assert_close(a.mean(0), b.mean(0), atol=0.05, rtol=0)
+    torch.testing.assert_close(a.std(0), b.std(0), atol=0, rtol=0.03)
+    torch.testing.assert_close(eager.kl(), ours.kl(exact=False), atol=0, rtol=1e-3)
+
+
+def test_comparison_times_both(digits):
+    timing = compare(digits, "variance", blocks=2, steps=1, seconds=0.0)
+    assert timing.blocks == 2
+    assert timing.eager_ms > 0 < timing.ours_ms
+    assert timing.ratio == timing.eager_ms / timing.ours_ms
+
+
+def test_demo_prints_the_table_and_saves_pictures(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(demo, "WIDTH", 16)
+    monkeypatch.setattr("losssurf_fast.demo.timing.HIDDEN", 16)
+    parser = argparse.ArgumentParser()
+    demo.add_arguments(parser)
+    assert demo.run(parser.parse_args(["--quick", "--out", str(tmp_path / "out")])) == 0
+    out = capsys.readouterr().out
+    assert max(map(len, out.replace(str(tmp_path), "").splitlines())) <= 60
+    for kind in NETWORKS:
+        assert any(line.startswith(kind) for line in out.splitlines())
+    assert "eager" in out
+    assert "ours" in out
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["table.png", "training.png", "weights.png"]
+
+
+def test_pictures_are_written_whole_or_not_at_all(tmp_path):
+    class Broken:
+        def savefig(self, path, dpi):
+            with open(path, "w") as file:
+                file.write("half a picture")
+            raise KeyboardInterrupt
+
+    (tmp_path / "table.png").write_text("old")
+    with pytest.raises(KeyboardInterrupt):
+        report.save_atomically(Broken(), tmp_path / "table.png")
+    assert [p.read_text() for p in tmp_path.iterdir()] == ["old"]
+
+
+def test_mnist_without_torchvision(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    monkeypatch.setitem(sys.modules, "torchvision.datasets", None)
+    with pytest.raises(SystemExit, match="pip install torchvision"):
+        demo_data.load("mnist", None)
+
+
+class FakeTorchvision:
+    """Stands for torchvision.datasets: tiny MNIST, or a download that fails."""
+
+    def __init__(self, fail=False):
+        self.fail = fail
+
+    def MNIST(self, root, train, download):
+        if self.fail:
+            raise RuntimeError("no network")
+        count = 30 if train else 20
+        images = torch.randint(256, (count, 28, 28), dtype=torch.uint8)
+        return argparse.Namespace(data=images, targets=torch.arange(count) % 10)
+
+
+def test_mnist(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchvision", argparse.Namespace())
+    monkeypatch.setitem(sys.modules, "torchvision.datasets", FakeTorchvision())
+    with pytest.raises(SystemExit, match="needs --root DIR"):
+        demo_data.load("mnist", None)
+    mnist = demo_data.load("mnist", "somewhere")
+    assert (mnist.train_x.shape, mnist.test_x.shape, mnist.side) == ((30, 784), (20, 784), 28)
+    monkeypatch.setitem(sys.modules, "torchvision.datasets", FakeTorchvision(fail=True))
+    with pytest.raises(SystemExit, match="could not be downloaded:\nno network"):
+        demo_data.load("mnist", "somewhere")
+
+
+def test_digits_without_scikit_learn(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(SystemExit, match="pip install scikit-learn"):
+        demo_data.load("digits", None)
+
+
+def test_demo_without_matplotlib(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="pip install matplotlib"):
+        demo.run(argparse.Namespace())
+
+
+def test_unusable_output_folder(tmp_path):
+    (tmp_path / "file").write_text("")
+    parser = argparse.ArgumentParser()
+    demo.add_arguments(parser)
+    with pytest.raises(SystemExit, match=r"--out .* cannot be made"):
+        demo.run(parser.parse_args(["--out", str(tmp_path / "file")]))
