@@ -23,9 +23,15 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from losssurf_fast.ops import kl_triton, lrt_linear_triton, lrt_sample_triton, noise_triton
+from losssurf_fast.ops import (
+    kl_triton,
+    lrt_linear_backward_triton,
+    lrt_linear_triton,
+    lrt_sample_triton,
+    noise_triton,
+)
 from losssurf_fast.ops.lrt import operand_dtype
-from losssurf_fast.ops.lrt_strategy import dual_tile
+from losssurf_fast.ops.lrt_strategy import Tile, dual_tile, parameter_tile
 from losssurf_fast.ops.noise_triton import EXACT, PLACE_ARGUMENTS
 
 # Tensor-core instructions of Ampere to Ada, Hopper, Blackwell.
@@ -45,6 +51,7 @@ class Case:
     options: dict[str, object] = field(default_factory=dict)
     budget: int = 255  # registers
     dot: bool = False
+    wide_copies: bool = False  # every copy to shared memory is asynchronous and of 16 bytes
 
 
 def compile_case(case: Case, arch: int) -> dict:
@@ -87,8 +94,11 @@ def compile_case(case: Case, arch: int) -> dict:
         "name": case.name,
         "budget": case.budget,
         "dot": case.dot,
+        "wide_copies": case.wide_copies,
         **found,
         "serialised": sorted(set(re.findall(r"C75\d\d", log))),
+        "copies": len(re.findall(r"\bLDGSTS\.", sass)),
+        "narrow_copies": len(re.findall(r"\bLDGSTS\.(?!\S*\b128\b)", sass)),
         "mma": len(MMA.findall(sass)),
         "instructions": len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", sass, re.M)),
         "shared": compiled.metadata.shared,
@@ -117,8 +127,8 @@ def elementwise_cases() -> list[Case]:
                  {**alpha, "LIMIT": 3.4e38}, EXACT, 104),
             Case(f"operands {t}", lrt_linear_triton._operands_kernel, operands,
                  {"PARAMETERIZATION": "weight", "BLOCK": lrt_linear_triton.ELEMENTS}, {}, 40),
-            Case(f"operands_backward {t}", lrt_linear_triton._operands_backward_kernel, operands | operand_grads,
-                 {"BLOCK": lrt_linear_triton.ELEMENTS}, {}, 48),
+            Case(f"operands_backward {t}", lrt_linear_backward_triton._operands_backward_kernel,
+                 operands | operand_grads, {"BLOCK": lrt_linear_triton.ELEMENTS}, {}, 48),
         ]  # fmt: skip
     return cases
 
@@ -139,42 +149,55 @@ def kl_cases() -> list[Case]:
     return cases
 
 
-def dual_case(rows, dtype, parameter_dtype, parameterization, arch, precision="tf32x3", even_k=True) -> Case:
-    tile = dual_tile(rows, dtype, parameter_dtype, divmod(arch, 10))
-    x, parameter = TYPES[dtype], TYPES[parameter_dtype]
-    pointers = {
-        "x_ptr": x, "weight_ptr": parameter, "scale_ptr": parameter, "bias_ptr": parameter, "seed_ptr": "i64",
-        "y_ptr": x, "var_ptr": TYPES[operand_dtype(dtype)],
-    }  # fmt: skip
+def dual_case(kernel, tile: Tile, x_type, parameter_type, parameterization, **constants) -> Case:
+    """A dual-accumulator kernel; ``x_type`` is the dtype of activations, ``parameter_type`` that of parameters."""
+    x, parameter, operand = TYPES[x_type], TYPES[parameter_type], TYPES[operand_dtype(x_type)]
+    pointers = {"seed_ptr": "i64", "var_ptr": operand, "grad_var_ptr": operand}
+    pointers |= dict.fromkeys(("x_ptr", "y_ptr", "grad_ptr", "grad_x_ptr"), x)
+    pointers |= dict.fromkeys(("weight_ptr", "scale_ptr", "bias_ptr", "grad_weight_ptr", "grad_scale_ptr"), parameter)
     if parameterization == "variance":
-        del pointers["weight_ptr"]
-    constants = {
-        "PARAMETERIZATION": parameterization, "PRECISION": "tf32" if dtype == torch.float16 else precision,
-        "SHIFT": 0, "EVEN_K": even_k, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k,
+        del pointers["weight_ptr"], pointers["grad_weight_ptr"]
+    if parameterization == "neuron" and kernel is not lrt_linear_triton._lrt_linear_kernel:
+        del pointers["scale_ptr"], pointers["grad_scale_ptr"]
+    choices = {
+        "PARAMETERIZATION": parameterization, "PRECISION": "tf32" if x_type == torch.float16 else "tf32x3",
+        "OPERAND": getattr(tl, str(operand_dtype(x_type)).removeprefix("torch.")), "SHIFT": 0, "EVEN_K": True,
+        "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k,
     }  # fmt: skip
+    constants = {key: value for key, value in choices.items() if key in kernel.arg_names} | constants
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, **EXACT}
-    block = f"{tile.block_m}x{tile.block_n}x{tile.block_k}"
-    name = f"lrt_linear {parameterization} {x}/{parameter} {block} w{tile.num_warps} s{tile.num_stages}"
-    budget = 240 if dtype == torch.float32 else 192  # three TF32 products per dot
-    kernel = lrt_linear_triton._lrt_linear_kernel
-    return Case(name + ("" if even_k else " odd I"), kernel, pointers, constants, options, budget, dot=True)
+    name = f"{kernel.__name__} {parameterization} {x}/{parameter} {tile.block_m}x{tile.block_n}x{tile.block_k}"
+    name += f" w{tile.num_warps} s{tile.num_stages}"
+    budget = 192 if x_type == torch.bfloat16 else 240  # TF32 operands take twice the registers
+    return Case(name, kernel, pointers, constants, options, budget, dot=True, wide_copies=x_type == torch.bfloat16)
 
 
 def dual_cases(arch: int) -> list[Case]:
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    forward, grad_input = lrt_linear_triton._lrt_linear_kernel, lrt_linear_backward_triton._grad_input_kernel
+    grad_parameters = lrt_linear_backward_triton._grad_parameters_kernel
+    tile = lambda rows, x, parameter: dual_tile(rows, x, parameter, divmod(arch, 10))
+    mixes = [(bf16, bf16, "weight"), (bf16, fp32, "weight"), (fp16, fp32, "weight"), (fp32, fp32, "weight")]
     cases = []
     for rows in (16, 64, 128):
-        cases += [dual_case(rows, x, p, "weight", arch) for x, p in ((bf16, bf16), (bf16, fp32), (fp16, fp32))]
-        cases += [dual_case(rows, bf16, bf16, "neuron", arch)]
-    for rows in (16, 64):  # the library serves fp32 beyond
-        cases += [dual_case(rows, fp32, fp32, p, arch) for p in ("weight", "neuron")]
-    cases += [dual_case(64, bf16, bf16, p, arch) for p in ("additive", "variance")]
-    cases += [dual_case(64, bf16, bf16, "additive", arch, even_k=False)]
+        for mix in mixes[: 4 if rows <= 64 else 3]:  # the library serves fp32 beyond 64 rows
+            kernels = (forward, grad_input) if rows <= 64 else (forward,)
+            cases += [dual_case(kernel, tile(rows, *mix[:2]), *mix) for kernel in kernels]
+    for kernel in (forward, grad_input):
+        cases += [dual_case(kernel, tile(64, bf16, bf16), bf16, bf16, "neuron")]
+    cases += [dual_case(grad_parameters, parameter_tile(64, mix[0]), *mix) for mix in mixes]
+    cases += [dual_case(forward, tile(64, bf16, bf16), bf16, bf16, p) for p in ("additive", "variance")]
+    odd = dual_case(forward, tile(64, bf16, bf16), bf16, bf16, "additive", EVEN_K=False)
+    odd.name += ", odd I"
     # Triton makes a size of 1 a constant, and a constant is not a tensor.
-    ones = dual_case(1, bf16, bf16, "layer", arch, even_k=False)
-    ones.name += ", sizes 1"
-    ones.constants |= {"M": 1, "O": 1, "I": 1}
-    return [*cases, ones]
+    ones = [
+        dual_case(kernel, tile(1, bf16, bf16), bf16, bf16, "neuron", M=1, O=1, I=1)
+        for kernel in (forward, grad_input, grad_parameters)
+    ]
+    for case in ones:
+        case.name += ", sizes 1"
+        case.wide_copies = False
+    return [*cases, odd, *ones]
 
 
 @triton.jit

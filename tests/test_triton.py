@@ -17,13 +17,22 @@ from losssurf_fast.ops.noise import _box_muller, philox_normal_reference
 triton = pytest.importorskip("triton", reason="triton is not installed")
 tl = triton.language
 
-from losssurf_fast.ops import lrt_linear_triton, lrt_sample_triton, noise_triton  # noqa: E402
+from losssurf_fast.ops import (  # noqa: E402
+    lrt_linear_backward_triton,
+    lrt_linear_triton,
+    lrt_sample_triton,
+    noise_triton,
+)
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 DTYPES = [(F32, F32), (F16, F16), (F16, F32)] + ([(BF16, BF16), (BF16, F32)] if ON_GPU else [])
-SHAPES = [(1, 1, 1), (17, 63, 33), (32, 32, 32)]  # M, O, I
 PLACES = [(0, 0, 0), (2**32 - 3, 2**33 + 6, 2**32 - 1)]  # row offset, col offset, sample
+LINEAR_CASES = [  # (M, O, I), (dtype of x, of parameters), place
+    ((1, 1, 1), (F32, F32), PLACES[0]),
+    ((32, 32, 32), (F32, F32), PLACES[0]),
+    *(((17, 63, 33), dtypes, PLACES[1]) for dtypes in DTYPES),
+]
 SMALL_TILE = Tile(32, 16, 16, 4, 2)  # several programs and steps at small sizes
 needs_gpu = pytest.mark.skipif(not ON_GPU, reason="no GPU")
 
@@ -109,6 +118,18 @@ def test_philox_normal_bits(shape, place):
         assert torch.equal(actual.cpu(), expected)
 
 
+@triton.jit
+def _column_blocks_kernel(out_ptr, cols, SHIFT: tl.constexpr, BLOCK_N: tl.constexpr):
+    tl.store(out_ptr, noise_triton.column_blocks(cols, SHIFT, BLOCK_N))
+
+
+@pytest.mark.parametrize("cols", [1, 1021, 1022, 2**31 - 1, 2**33])
+def test_column_blocks(cols):
+    out = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    _column_blocks_kernel[(1,)](out, cols, SHIFT=3, BLOCK_N=1024)
+    assert out.item() == -(-(cols + 3) // 1024)
+
+
 # ---- lrt_sample ----------------------------------------------------------------------------------------------------
 
 
@@ -142,19 +163,29 @@ def test_lrt_sample_extremes():
 # ---- lrt_linear ----------------------------------------------------------------------------------------------------
 
 
+def contiguous(tensors):
+    return [t if t is None else t.contiguous() for t in tensors]
+
+
 def linear_kernels():
     """Every way ``lrt_linear`` can run: the launcher's choice, and each strategy forced."""
-    contiguous = lambda tensors: [t if t is None else t.contiguous() for t in tensors]
     yield lrt_linear_triton.lrt_linear_triton
     yield lambda *args: lrt_linear_triton.linear_two_gemms(*contiguous(args[:5]), *args[5:])
     yield lambda *args: lrt_linear_triton.linear_dual(*contiguous(args[:5]), *args[5:], SMALL_TILE)
+
+
+def backward_kernels():
+    passes = lrt_linear_backward_triton.backward_passes
+    yield lrt_linear_backward_triton.lrt_linear_backward_triton
+    for tile in (None, SMALL_TILE):
+        yield lambda *args, tile=tile: passes(*contiguous(args[:4]), *args[4:9], args[9:], tile)
 
 
 @pytest.mark.parametrize("parameterization", lrt.PARAMETERIZATIONS)
 def test_lrt_linear(parameterization):
     """Every kernel is as good as eager in every dtype, at odd sizes and offsets."""
     seed = torch.tensor(5)
-    for shape, (dtype, param_dtype), place in itertools.product(SHAPES, DTYPES, PLACES):
+    for shape, (dtype, param_dtype), place in LINEAR_CASES:
         inputs = lrt_inputs(parameterization, shape, dtype, param_dtype)
         rest = (parameterization, *place)
         exact = lrt.lrt_linear_reference(*double(inputs), seed, *rest)
@@ -169,7 +200,7 @@ def test_lrt_linear(parameterization):
 def test_lrt_linear_backward(parameterization):
     """Every gradient is as good as eager's."""
     seed = torch.tensor(5)
-    for shape, (dtype, param_dtype), place in itertools.product([*SHAPES, (300, 40, 5)], DTYPES, PLACES):
+    for shape, (dtype, param_dtype), place in [*LINEAR_CASES, ((160, 40, 5), (F32, F32), PLACES[0])]:
         inputs = lrt_inputs(parameterization, shape, dtype, param_dtype)
         exact_var = lrt.lrt_linear_reference(*double(inputs), seed, parameterization, *place)[1]
         var = lrt.lrt_linear_reference(*inputs, seed, parameterization, *place)[1]
@@ -177,14 +208,13 @@ def test_lrt_linear_backward(parameterization):
         rest = (parameterization, [t is not None for t in inputs], *place)
         eager = lrt.lrt_linear_backward_reference(grad, *inputs[:3], True, var, seed, *rest)
         exact = lrt.lrt_linear_backward_reference(grad.double(), *double(inputs[:3]), True, exact_var, seed, *rest)
-        grads = lrt_linear_triton.lrt_linear_backward_triton(
-            *to_device((grad, *inputs[:3])), True, *to_device((var, seed)), *rest
-        )
-        for actual, e, x in zip(grads, eager, exact, strict=True):
-            if actual.numel() == 1:  # a maximum over one number says nothing
-                torch.testing.assert_close(actual.cpu(), e)
-            else:
-                assert_as_good_as_eager(actual.cpu(), e, x)
+        for kernel in backward_kernels():
+            grads = kernel(*to_device((grad, *inputs[:3])), True, *to_device((var, seed)), *rest)
+            for actual, e, x in zip(grads, eager, exact, strict=True):
+                if actual.numel() == 1:  # a maximum over one number says nothing
+                    torch.testing.assert_close(actual.cpu(), e)
+                else:
+                    assert_as_good_as_eager(actual.cpu(), e, x)
 
 
 @pytest.mark.parametrize("parameterization", lrt.PARAMETERIZATIONS)
@@ -195,15 +225,12 @@ def test_lrt_linear_backward_needed(parameterization):
     var = lrt_linear_triton.lrt_linear_triton(*inputs, seed, parameterization)[1]
     possible = [t is not None for t in inputs]
 
-    def backward(needed, grad=grad):
-        return lrt_linear_triton.lrt_linear_backward_triton(
-            grad, *inputs[:3], True, var, seed, parameterization, needed
-        )
-
-    all_grads = backward(possible, grad.contiguous())
-    for needed in itertools.product(*[(False, True) if p else (False,) for p in possible]):
-        for actual, full, need in zip(backward(needed), all_grads, needed, strict=True):
-            assert torch.equal(actual, full) if need else actual.shape == (0,)
+    rest = (*inputs[:3], True, var, seed, parameterization)
+    for kernel in backward_kernels():
+        all_grads = kernel(grad.contiguous(), *rest, possible, 0, 0, 0)
+        for needed in itertools.product(*[(False, True) if p else (False,) for p in possible]):
+            for actual, full, need in zip(kernel(grad, *rest, needed, 0, 0, 0), all_grads, needed, strict=True):
+                assert torch.equal(actual, full) if need else actual.shape == (0,)
 
 
 @pytest.mark.parametrize("magnitude", [400.0, 1e-4])
@@ -219,10 +246,9 @@ def test_lrt_linear_fp16_range(magnitude):
         torch.testing.assert_close(var.double().cpu(), expected, rtol=2e-3, atol=0)
         assert y.isfinite().all()
     needed = [True, True, True, False]
-    grads = lrt_linear_triton.lrt_linear_backward_triton(
-        torch.ones_like(y), x, weight, scale, False, var, seed.to(DEVICE), "additive", needed
-    )
-    assert all(g.isfinite().all() for g in grads)
+    for kernel in backward_kernels():
+        grads = kernel(torch.ones_like(y), x, weight, scale, False, var, seed.to(DEVICE), "additive", needed, 0, 0, 0)
+        assert all(g.isfinite().all() for g in grads)
 
 
 def test_lrt_linear_without_variance():
@@ -253,7 +279,7 @@ def test_lrt_linear_empty(shape):
     expected = lrt.lrt_linear_reference(*inputs, *rest)
     torch.testing.assert_close((y, var), expected)
     rest = (True, var, *rest, [True] * 4)
-    grads = lrt_linear_triton.lrt_linear_backward_triton(y, *inputs[:3], *rest)
+    grads = lrt_linear_backward_triton.lrt_linear_backward_triton(y, *inputs[:3], *rest)
     torch.testing.assert_close(grads, lrt.lrt_linear_backward_reference(y, *inputs[:3], *rest))
 
 

@@ -6,38 +6,67 @@
 
 namespace {
 
-// 64 partial sums whatever the number of lanes, then these in order: the same bits for every instruction set.
-LSF_INLINE double sum_in_order(const float* values, ptrdiff_t n) {
-  constexpr int kPartials = 64, kVectors = kPartials / kLanes;
-  Floats sums[kVectors] = {};
-  ptrdiff_t i = 0;
-  for (; i + kPartials <= n; i += kPartials)
-#pragma GCC unroll 16
-    for (int k = 0; k < kVectors; ++k) sums[k] += load(values + i + k * kLanes);
-  float partials[kPartials];
-  for (int k = 0; k < kVectors; ++k) store(partials + k * kLanes, sums[k]);
-  for (int k = 0; i < n; ++i, ++k) partials[k] += values[i];
+// KL and slopes of n elements: `body` gives y[0] = KL and y[1 + k] = its slope to x[k], for kIn inputs.
+//
+// The sum is taken in 64 columns, then over these in order: the same bits for every number of lanes.
+template <int kIn, bool kSlopes, class Body>
+LSF_INLINE double sum_and_slopes(int64_t n, const Array* in, const Array* slopes, Body body) {
+  constexpr int64_t kChunk = kTile / 4, kColumns = 64;
+  // Vectors in step, whose polynomials hide each other's latency; 16 registers hold one.
+  constexpr int kTogether = kLanes == 16 ? 4 : 1;
+  constexpr int kSlopeCount = kSlopes ? kIn : 0;
+  float in_buffer[kIn][kChunk], slope_buffer[kIn][kChunk];
+  Floats sums[kColumns / kLanes] = {};
+  for (int64_t done = 0; done < n; done += kChunk) {
+    const int64_t count = n - done < kChunk ? n - done : kChunk;
+    const float* a[kIn];
+    void* results[kIn];
+    float* b[kIn];
+    for (int k = 0; k < kIn; ++k)
+      a[k] = widen(in[k].dtype, element({in[k].data, 0, in[k].dtype}, 0, done), count, in_buffer[k]);
+    for (int k = 0; k < kSlopeCount; ++k) {
+      results[k] = element({slopes[k].data, 0, slopes[k].dtype}, 0, done);
+      b[k] = staging(slopes[k].dtype, results[k], slope_buffer[k]);
+    }
+    int64_t i = 0;
+    for (; i + kColumns <= count; i += kColumns)
+      for (int first = 0; first < kColumns / kLanes; first += kTogether) {
+        Floats y[kTogether][1 + kIn];
+#pragma GCC unroll 4
+        for (int v = 0; v < kTogether; ++v) {
+          Floats x[kIn];
+          for (int k = 0; k < kIn; ++k) x[k] = load(a[k] + i + (first + v) * kLanes);
+          body(x, y[v]);
+        }
+#pragma GCC unroll 4
+        for (int v = 0; v < kTogether; ++v) {
+          sums[first + v] += y[v][0];
+          for (int k = 0; k < kSlopeCount; ++k) store(b[k] + i + (first + v) * kLanes, y[v][1 + k]);
+        }
+      }
+    if (i < count) {
+      float last[kColumns] = {};
+      for_vectors(count - i, [&](ptrdiff_t j, auto extent) {
+        Floats x[kIn], y[1 + kIn];
+        for (int k = 0; k < kIn; ++k) x[k] = load(a[k] + i + j, extent);
+        body(x, y);
+        store(last + j, y[0], extent);
+        for (int k = 0; k < kSlopeCount; ++k) store(b[k] + i + j, y[1 + k], extent);
+      });
+      for (int v = 0; v < kColumns / kLanes; ++v) sums[v] += load(last + v * kLanes);
+    }
+    for (int k = 0; k < kSlopeCount; ++k) narrow(slopes[k].dtype, b[k], count, results[k]);
+  }
+  float columns[kColumns];
+  for (int v = 0; v < kColumns / kLanes; ++v) store(columns + v * kLanes, sums[v]);
   double sum = 0;
-  for (const float partial : partials) sum += partial;
+  for (const float column : columns) sum += column;
   return sum;
 }
 
-// `body` gives y[0] = KL and y[1 + k] = its slope to x[k], for kIn inputs.
 template <int kIn, class Body>
 LSF_INLINE double sum_and_slopes(int64_t n, const Array* in, const Array* slopes, Body body) {
-  float values[kTile];
-  Array out[1 + kIn] = {{values, DType::f32}};
-  if (slopes) {
-    for (int k = 0; k < kIn; ++k) out[1 + k] = slopes[k];
-    map_chunks<kIn, 1 + kIn>(n, in, out, body);
-  } else {
-    map_chunks<kIn, 1>(n, in, out, [&](const Floats* x, Floats* y) {
-      Floats all[1 + kIn];
-      body(x, all);
-      y[0] = all[0];
-    });
-  }
-  return sum_in_order(values, n);
+  return slopes ? sum_and_slopes<kIn, true>(n, in, slopes, body) : sum_and_slopes<kIn, false>(n, in, slopes, body);
 }
 
 // Within the finite numbers of a dtype, which dlog_alpha / dweight = -2 / weight leaves near 0.

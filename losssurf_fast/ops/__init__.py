@@ -8,7 +8,13 @@ from losssurf_fast.ops.lrt import lrt_linear, lrt_sample
 from losssurf_fast.ops.noise import philox_normal
 
 if importlib.util.find_spec("triton"):
-    from losssurf_fast.ops import kl_triton, lrt_linear_triton, lrt_sample_triton, noise_triton  # noqa: F401
+    from losssurf_fast.ops import (  # noqa: F401
+        kl_triton,
+        lrt_linear_backward_triton,
+        lrt_linear_triton,
+        lrt_sample_triton,
+        noise_triton,
+    )
 else:
     explain_missing("cuda", "triton is not installed")
 

@@ -1,13 +1,11 @@
-"""Triton kernels of ``lrt_linear``: GEMM operands and their gradients, and the dual-accumulator kernel.
+"""Triton kernels of ``lrt_linear``: GEMM operands, and the dual-accumulator kernel.
 
-Forward: ``ops/lrt_strategy.py`` chooses between two library GEMMs and the dual kernel. Backward: one pass over [M, O]
-(``lrt_sample_triton.py``) draws the noise again, library GEMMs follow, and one pass per operand turns the gradients to
-(a, a^2) or (weight, sigma^2) into those of x or of the parameters.
+``ops/lrt_strategy.py`` chooses: two library GEMMs and one fused pass (``lrt_sample_triton.py``), or, at few rows, one
+kernel with an accumulator for the mean and one for the variance, which reads the parameters once.
 
 GEMM operands have ``operand_dtype``: x's, but fp32 where x is fp16, whose range the squares leave in both directions.
-bf16 would keep the range and lose three bits that fp16 users have; TF32 has fp16's mantissa and fp32's range, so
-the dual kernel multiplies fp16 inputs in TF32, and library GEMMs do where
-``torch.backends.cuda.matmul.fp32_precision`` or ``torch.set_float32_matmul_precision`` allows it.
+bf16 would keep the range and lose three bits that fp16 users have; TF32 has fp16's mantissa and fp32's range, so the
+dual kernels multiply fp16 inputs in TF32. fp32 inputs are multiplied as PyTorch's precision setting says.
 """
 
 import torch
@@ -15,13 +13,12 @@ import triton
 import triton.language as tl
 
 from losssurf_fast._library import attach, device_guard
-from losssurf_fast.ops.lrt import lrt_linear_backward_reference, lrt_linear_reference, operand_dtype
+from losssurf_fast.ops.lrt import lrt_linear_reference, operand_dtype
 from losssurf_fast.ops.lrt_sample_triton import (
     _EPSILON,
     exact_exp,
     nonnegative,
     output_alpha,
-    sample_backward_pass,
     sample_pass,
 )
 from losssurf_fast.ops.lrt_strategy import Tile, dual_tile, linear_strategy
@@ -69,36 +66,7 @@ def _operands_kernel(
     tl.store(sigma2_ptr + offs, sigma2.to(sigma2_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
-def _operands_backward_kernel(
-    weight_ptr,  # [numel]; None where neither gradient needs it
-    scale_ptr,  # [numel]; None for "layer" and "neuron"
-    grad_cast_ptr,  # [numel] gradient to the weight operand; None for zero
-    grad_sigma2_ptr,  # [numel]
-    grad_weight_ptr,  # [numel] or None
-    grad_scale_ptr,  # [numel] or None
-    numel,
-    BLOCK: tl.constexpr,
-):
-    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = offs < numel
-    grad_sigma2 = tl.load(grad_sigma2_ptr + offs, mask=mask).to(tl.float32)
-    if scale_ptr is not None:
-        grad_sigma2 *= exact_exp(tl.load(scale_ptr + offs, mask=mask).to(tl.float32))
-    weight = 1.0
-    if weight_ptr is not None:
-        weight = tl.load(weight_ptr + offs, mask=mask).to(tl.float32)
-    if grad_scale_ptr is not None:  # sigma^2 = exp(scale) weight^2 or exp(scale)
-        grad_scale = grad_sigma2 * weight * weight
-        tl.store(grad_scale_ptr + offs, grad_scale.to(grad_scale_ptr.dtype.element_ty), mask=mask)
-    if grad_weight_ptr is not None:
-        grad_weight = 2.0 * weight * grad_sigma2
-        if grad_cast_ptr is not None:
-            grad_weight += tl.load(grad_cast_ptr + offs, mask=mask).to(tl.float32)
-        tl.store(grad_weight_ptr + offs, grad_weight.to(grad_weight_ptr.dtype.element_ty), mask=mask)
-
-
-def _operands(weight, scale, parameterization, dtype) -> tuple[torch.Tensor | None, torch.Tensor]:
+def operands(weight, scale, parameterization, dtype) -> tuple[torch.Tensor | None, torch.Tensor]:
     """(weight, sigma^2) in ``dtype`` from one pass over the parameters; of (x, None, "layer") the pair (x, x^2)."""
     shape = (scale if weight is None else weight).shape
     sigma2 = torch.empty(shape, dtype=dtype, device=(scale if weight is None else weight).device)
@@ -115,19 +83,6 @@ def _operands(weight, scale, parameterization, dtype) -> tuple[torch.Tensor | No
                 BLOCK=ELEMENTS,
             )
     return cast, sigma2
-
-
-def _operands_backward(weight, scale, grad_cast, grad_sigma2, grad_weight_dtype, grad_scale_dtype):
-    """Gradients to (weight, scale) from those to their operands; None where the dtype is None."""
-    grads = [
-        None if dtype is None else torch.empty(grad_sigma2.shape, dtype=dtype, device=grad_sigma2.device)
-        for dtype in (grad_weight_dtype, grad_scale_dtype)
-    ]
-    with device_guard(grad_sigma2):
-        _operands_backward_kernel[(triton.cdiv(grad_sigma2.numel(), ELEMENTS),)](
-            weight, scale, grad_cast, grad_sigma2, *grads, grad_sigma2.numel(), BLOCK=ELEMENTS
-        )
-    return grads
 
 
 # ---- dual accumulators ---------------------------------------------------------------------------------------------
@@ -249,8 +204,8 @@ def linear_two_gemms(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(y, var) by two library GEMMs and one fused pass; the inputs must be contiguous."""
     operand = operand_dtype(x.dtype)
-    a, a2 = _operands(x, None, "layer", operand)
-    w, sigma2 = _operands(weight, scale, parameterization, operand)
+    a, a2 = operands(x, None, "layer", operand)
+    w, sigma2 = operands(weight, scale, parameterization, operand)
     mean = None if w is None else a @ w.t()
     var = a2 @ sigma2.t()
     alpha = parameterization if parameterization in OUTPUT_ALPHA else "none"
@@ -258,77 +213,31 @@ def linear_two_gemms(
     return y, var
 
 
-def _contiguous(*tensors):
+def contiguous(*tensors):
     return (t if t is None else t.contiguous() for t in tensors)
+
+
+def choose(x, weight, scale, parameterization) -> Tile | None:
+    """Tile of the dual-accumulator kernels, or None for library GEMMs."""
+    capability = torch.cuda.get_device_capability(x.device) if x.is_cuda else (9, 0)
+    out_features = (scale if weight is None else weight).shape[0]
+    if linear_strategy(x.shape[0], out_features, x.shape[1], x.dtype, parameterization, capability) == "two_gemms":
+        return None
+    parameter_dtype = (scale if weight is None else weight).dtype
+    if parameterization not in OUTPUT_ALPHA:
+        parameter_dtype = torch.promote_types(parameter_dtype, scale.dtype)
+    return dual_tile(x.shape[0], x.dtype, parameter_dtype, capability)
 
 
 def lrt_linear_triton(x, weight, scale, bias, seed, parameterization, row_offset=0, col_offset=0, sample=0):
     place = (row_offset, col_offset, sample)
-    out_features = (scale if weight is None else weight).shape[0]
-    if x.dtype == torch.float64 or x.shape[0] == 0 or out_features == 0:
+    if x.dtype == torch.float64 or x.shape[0] == 0 or (scale if weight is None else weight).shape[0] == 0:
         return lrt_linear_reference(x, weight, scale, bias, seed, parameterization, *place)
-    x, weight, scale, bias = _contiguous(x, weight, scale, bias)
-    capability = torch.cuda.get_device_capability(x.device) if x.is_cuda else (9, 0)
-    strategy = linear_strategy(*x.shape, out_features, x.dtype, parameterization, capability)
-    if strategy == "two_gemms":
+    x, weight, scale, bias = contiguous(x, weight, scale, bias)
+    tile = choose(x, weight, scale, parameterization)
+    if tile is None:
         return linear_two_gemms(x, weight, scale, bias, seed, parameterization, *place)
-    parameter_dtype = (scale if weight is None else weight).dtype
-    if parameterization not in OUTPUT_ALPHA:
-        parameter_dtype = torch.promote_types(parameter_dtype, scale.dtype)
-    tile = dual_tile(x.shape[0], x.dtype, parameter_dtype, capability)
     return linear_dual(x, weight, scale, bias, seed, parameterization, *place, tile)
 
 
-def lrt_linear_backward_triton(
-    grad, x, weight, scale, has_bias, var, seed, parameterization, needed, row_offset=0, col_offset=0, sample=0
-):
-    place = (row_offset, col_offset, sample)
-    if x.dtype == torch.float64 or 0 in (*x.shape, var.shape[1]):
-        return lrt_linear_backward_reference(
-            grad, x, weight, scale, has_bias, var, seed, parameterization, needed, *place
-        )
-    grad, x, weight, scale, var = _contiguous(grad, x, weight, scale, var)
-    needs_x, needs_weight, needs_scale, needs_bias = needed
-    output_alpha_form = parameterization in OUTPUT_ALPHA
-    needs_sigma2 = (needs_weight and parameterization != "additive") or (needs_scale and not output_alpha_form)
-    operand = operand_dtype(x.dtype)
-    grad_var, grad_bias, grad_alpha = sample_backward_pass(
-        grad, var, scale, seed, operand, torch.finfo(torch.float32).max,
-        parameterization if output_alpha_form else "none", *place,
-        needs_var=needs_x or needs_sigma2, needs_bias=needs_bias and has_bias,
-        needs_alpha=needs_scale and output_alpha_form,
-    )  # fmt: skip
-
-    grad_mean = grad.to(operand)
-    grad_x = grad_weight = grad_scale = None
-    if needs_x:
-        w, sigma2 = _operands(weight, scale, parameterization, operand)
-        through_mean = None if w is None else grad_mean @ w
-        grad_x, _ = _operands_backward(x, None, through_mean, grad_var @ sigma2, x.dtype, None)
-        del w, sigma2, through_mean
-    if needs_weight or needs_sigma2:
-        a, a2 = _operands(x, None, "layer", operand)
-    if needs_weight:
-        grad_weight = grad_mean.t() @ a
-    if needs_sigma2:
-        sigma2_has_weight = weight is not None and parameterization != "additive"
-        combined, grad_scale = _operands_backward(
-            weight if sigma2_has_weight else None,
-            None if output_alpha_form else scale,
-            grad_weight,
-            grad_var.t() @ a2,
-            weight.dtype if needs_weight and sigma2_has_weight else None,
-            scale.dtype if needs_scale and not output_alpha_form else None,
-        )
-        grad_weight = grad_weight if combined is None else combined
-    if grad_alpha is not None:
-        grad_scale = grad_alpha.sum(0, keepdim=True) if parameterization == "layer" else grad_alpha
-        grad_scale = grad_scale.to(scale.dtype)
-    if grad_weight is not None:
-        grad_weight = grad_weight.to(weight.dtype)
-    none = x.new_empty(0)
-    return tuple(none if g is None else g for g in (grad_x, grad_weight, grad_scale, grad_bias))
-
-
 attach("lrt_linear", lrt_linear_triton)
-attach("lrt_linear_backward", lrt_linear_backward_triton)

@@ -1,4 +1,4 @@
-"""How ``lrt_linear`` runs on a GPU: which strategy for which shape, and which tiles on which architecture.
+"""How ``lrt_linear`` and its backward run on a GPU: which strategy for which shape, which tiles on which architecture.
 
 * ``"two_gemms"``: x^2 and sigma^2 are written, two library GEMMs, one fused pass for alpha, bias, noise and root. At
   large sizes everything but the GEMMs is under a fifth of the time, so nothing beats the library's GEMM rate.
@@ -74,3 +74,9 @@ def dual_tile(rows: int, dtype: torch.dtype, parameter_dtype: torch.dtype, capab
     stage = block_k * (block_m * dtype.itemsize + 2 * block_n * parameter_dtype.itemsize)
     num_stages = max(2, min(4, shared_memory(capability) // stage + 1))  # one fewer buffers than stages
     return Tile(block_m, block_n, block_k, num_warps, num_stages)
+
+
+def parameter_tile(rows: int, dtype: torch.dtype) -> Tile:
+    """Tile ``[block_m of O, block_n of I]`` of the dual kernel for parameter gradients; its loop is over ``rows``."""
+    block_k = 32 if rows > 16 and dtype == torch.bfloat16 else 16
+    return Tile(64, 64, block_k, num_warps=8, num_stages=3)

@@ -95,6 +95,12 @@ def tile_normals(seed_ptr, offs_m, start_n, row_offset, first_quad, sample, BLOC
     return normal_tile(tl.load(seed_ptr), row_offset.to(tl.int64) + offs_m, quad, sample, offs_m.shape[0], BLOCK_N)
 
 
+@triton.jit
+def column_blocks(cols, SHIFT: tl.constexpr, BLOCK_N: tl.constexpr):
+    """ceil((cols + SHIFT) / BLOCK_N), also where the sum would not fit the 32 bits of ``cols``."""
+    return ((tl.full((), SHIFT + BLOCK_N - 1, tl.int64) + cols) // BLOCK_N).to(tl.int32)
+
+
 # ---- philox_normal -------------------------------------------------------------------------------------------------
 
 
@@ -111,7 +117,7 @@ def _philox_normal_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    num_n = tl.cdiv(cols + SHIFT, BLOCK_N)
+    num_n = column_blocks(cols, SHIFT, BLOCK_N)
     start_n = (tl.program_id(0) % num_n).to(tl.int64) * BLOCK_N
     offs_m = (tl.program_id(0) // num_n).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = start_n + tl.arange(0, BLOCK_N) - SHIFT
