@@ -1,4 +1,4 @@
-"""Fast experiments on the weights of neural networks: stochastic layers, curves, averages."""
+"""Fast experiments on the weights of neural networks: stochastic layers by the local reparameterization trick."""
 
 import torch
 
@@ -10,7 +10,8 @@ try:
 except ImportError as error:
     raise ImportError(
         f"losssurf_fast: the compiled module _C could not be loaded ({error}). Build it against this torch "
-        f"({torch.__version__}) with `pip install --no-build-isolation .` in the source tree."
+        f"({torch.__version__}) with `pip install --no-build-isolation -e .` in the source tree; if the package is "
+        "installed already, run Python outside the source tree."
     ) from error
 
 from losssurf_fast import nn

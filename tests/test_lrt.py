@@ -134,6 +134,29 @@ def test_lrt_linear_opcheck(parameterization):
         torch.library.opcheck(OP.lrt_linear, (*inputs, torch.tensor(3), parameterization, 1, 2, 3), **tolerance)
 
 
+def test_lrt_linear_backward_opcheck():
+    """Also where only some gradients are needed: what is not needed comes as empty tensors that share no memory."""
+    x, weight, scale, bias = lrt_inputs("neuron", (5, 4, 3))
+    _, var = OP.lrt_linear(x, weight, scale, bias, torch.tensor(3), "neuron")
+    for needed in itertools.product((False, True), repeat=4):
+        arguments = (torch.randn(5, 4), x, weight, scale, True, var, torch.tensor(3), "neuron", list(needed))
+        torch.library.opcheck(OP.lrt_linear_backward, arguments)
+
+
+def test_operators_refuse_what_their_pointers_cannot_take():
+    """Called past the public functions, the C++ kernels still read nothing out of bounds."""
+    x, weight, scale, bias = lrt_inputs("additive", (5, 4, 3))
+    seed = torch.tensor(3)
+    with pytest.raises(ValueError, match="seed must be a 0-d int64 tensor"):
+        OP.philox_normal(torch.empty(0, dtype=torch.int64), 2, 2)
+    with pytest.raises(ValueError, match="bias must be"):
+        OP.lrt_linear(x, weight, scale, bias[:1], seed, "additive")
+    with pytest.raises(ValueError, match="scale must have 12 elements"):
+        OP.lrt_linear(x, weight, scale[:2], bias, seed, "additive")
+    with pytest.raises(ValueError, match="mean and var must be"):
+        OP.lrt_sample(torch.zeros(2, 3), torch.zeros(2, 2), seed)
+
+
 def test_lrt_sample_opcheck():
     for grad in (False, True):
         mean, var = torch.randn(5, 7, requires_grad=grad), torch.rand(5, 7, requires_grad=grad)
@@ -252,6 +275,18 @@ def test_lrt_sample_zero_and_negative_variance(dtype):
     assert (grad[:, [1, 6]] == 0).all()
 
 
+def test_lrt_gradients_are_not_finite_where_the_incoming_one_is_not():
+    """Loss scaling looks for infinities: none may be saturated away, though finite gradients saturate in fp16."""
+    for dtype, value in itertools.product((F32, BF16, F16), (float("inf"), float("nan"))):
+        var = torch.rand(2, 3).to(dtype).requires_grad_()
+        grad = torch.tensor([[1.0, value, 1.0], [1.0, 1.0, 1.0]]).to(dtype)
+        (found,) = torch.autograd.grad(ops.lrt_sample(torch.zeros(2, 3, dtype=dtype), var, 3), var, grad)
+        assert torch.equal(torch.isfinite(found), torch.isfinite(grad))
+        assert torch.equal(
+            torch.isfinite(lrt.lrt_sample_backward_reference(grad, var, torch.tensor(3))), torch.isfinite(grad)
+        )
+
+
 def test_lrt_sample_keeps_nan():
     var = torch.tensor([[1.0, float("nan"), 0.5]])
     y = ops.lrt_sample(torch.zeros(1, 3), var, 0)
@@ -322,6 +357,7 @@ def test_lrt_linear_bad_inputs(arguments, options, error, message):
         (("m", X), {}, TypeError, "lrt_sample: mean must be a tensor, got str"),
         ((X, X.double()), {}, TypeError, "lrt_sample: var must be torch.float32 beside mean"),
         ((X, W), {}, ValueError, r"lrt_sample: var must broadcast to mean's shape \(3, 4\), got \(5, 4\)"),
+        ((X, X), {"spatial_dims": 1.5}, TypeError, "lrt_sample: spatial_dims must be an int, got float"),
         ((X, X), {"spatial_dims": 3}, ValueError, r"lrt_sample: spatial_dims must lie in \[0, 2\], got 3"),
         ((X, X), {"sample": -1}, ValueError, "lrt_sample: sample must lie in"),
     ],

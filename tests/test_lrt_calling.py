@@ -68,6 +68,22 @@ def test_lrt_linear_autocast(parameterization):
         assert grad.dtype == tensor.dtype and torch.equal(grad, again)
 
 
+def test_lrt_linear_checks_under_autocast_too():
+    _, weight, scale, bias = lrt_inputs("additive")
+    with torch.autocast("cpu", dtype=BF16):
+        with pytest.raises(TypeError, match="lrt_linear: x must have one of the dtypes .* torch.int64"):
+            ops.lrt_linear(torch.ones(2, 63, dtype=torch.int64), weight, scale, bias, parameterization="additive")
+        with pytest.raises(TypeError, match="lrt_linear: x must be a tensor, got list"):
+            ops.lrt_linear([1.0], weight, scale, bias, parameterization="additive")
+
+
+def test_lrt_linear_meta():
+    inputs = [t.to("meta").requires_grad_() for t in lrt_inputs("additive")]
+    y = ops.lrt_linear(*inputs, parameterization="additive")
+    assert y.device.type == "meta" and y.shape == (17, 33)
+    assert [g.shape for g in torch.autograd.grad(y.sum(), inputs)] == [t.shape for t in inputs]
+
+
 def test_lrt_linear_saves_little():
     """Kept for backward besides the parameters: x, one tensor of the output's size and the seed."""
     rows, out_features, in_features = 64, 256, 128

@@ -4,13 +4,14 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 
 #include <array>
+#include <limits>
 #include <optional>
 #include <string_view>
 
 namespace losssurf {
 
 // Temporaries of one call, in memory that the thread keeps: fresh pages cost more than the passes that fill them
-// (half of the backward GEMMs' time at 64 x 784 -> 512). Blocks over 32 MiB are not kept.
+// (half of the backward GEMMs' time at 64 x 784 -> 512). A thread keeps at most kSlots blocks of kLargest bytes.
 class Scratch {
  public:
   at::Tensor empty(at::IntArrayRef sizes, const at::TensorOptions& options) {
@@ -19,7 +20,11 @@ class Scratch {
     if (bytes > kLargest || next_ == kSlots) return at::empty(sizes, options);
     at::Tensor& slot = kept[next_++];
     if (!slot.defined() || slot.numel() < bytes) slot = at::empty({bytes}, at::kByte);
-    return slot.narrow(0, 0, bytes).view(c10::typeMetaToScalarType(options.dtype())).view(sizes);
+    at::Tensor out = slot.narrow(0, 0, bytes).view(c10::typeMetaToScalarType(options.dtype())).view(sizes);
+    // As at::empty does, so that tests see reads of what nobody wrote.
+    if (at::globalContext().deterministicAlgorithms() && at::globalContext().deterministicFillUninitializedMemory())
+      out.fill_(std::numeric_limits<double>::quiet_NaN());
+    return out;
   }
 
   // t in `dtype`, contiguous: t itself where it is that already.
@@ -29,7 +34,7 @@ class Scratch {
   }
 
  private:
-  static constexpr int64_t kLargest = 32 << 20;
+  static constexpr int64_t kLargest = 16 << 20;
   static constexpr size_t kSlots = 12;
   size_t next_ = 0;
 };

@@ -108,10 +108,6 @@ template <class Body> void for_chunks(const std::vector<Chunk>& chunks, const Bo
   });
 }
 
-Array array_of(const Tensor& t, int64_t begin) {
-  return {static_cast<char*>(t.data_ptr()) + begin * t.element_size(), dtype_of(t)};
-}
-
 std::vector<Tensor> contiguous(at::TensorList tensors) {
   std::vector<Tensor> result;
   for (const Tensor& t : tensors) result.push_back(t.contiguous());

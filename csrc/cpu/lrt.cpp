@@ -4,7 +4,6 @@
 #include <torch/library.h>
 
 #include <array>
-#include <limits>
 #include <optional>
 #include <string_view>
 #include <tuple>
@@ -29,10 +28,6 @@ at::ScalarType wide_dtype(const Tensor& t) { return t.scalar_type() == at::kDoub
 at::ScalarType operand_dtype(const Tensor& x) { return x.scalar_type() == at::kHalf ? at::kFloat : x.scalar_type(); }
 
 // ---- elementwise passes ------------------------------------------------------------------------------
-
-Array array_of(const Tensor& t, int64_t first) {
-  return {static_cast<char*>(t.data_ptr()) + first * t.element_size(), dtype_of(t)};
-}
 
 // Runs one Map over tensors of equal size. All are contiguous; fp64 is the business of the callers.
 void run_map(Map op, std::initializer_list<Tensor> in, std::initializer_list<Tensor> out) {
@@ -109,6 +104,18 @@ Tensor variance_operand(Kind kind, const Tensor& weight, const Tensor& scale, at
   if (kind == Kind::weight) run_map(Map::exp_square, {scale, weight}, {out});
   else run_map(Map::exp, {scale}, {out});
   return out;
+}
+
+// What the kernels' pointers rely on; ops/lrt.py has the checks that explain.
+void check_shapes(Kind kind, const Tensor& x, const Tensor& weight, const Tensor& scale, const Tensor& bias) {
+  const Tensor& matrix = kind == Kind::variance ? scale : weight;
+  TORCH_CHECK_VALUE(x.dim() == 2 && matrix.dim() == 2 && x.size(1) == matrix.size(1),
+                    "lrt_linear: x must be [M, I] and its parameters [O, I], got ", x.sizes(), " and ", matrix.sizes());
+  const int64_t outputs = matrix.size(0);
+  const int64_t scales = kind == Kind::layer ? 1 : kind == Kind::neuron ? outputs : matrix.numel();
+  TORCH_CHECK_VALUE(scale.numel() == scales, "lrt_linear: scale must have ", scales, " elements, got ", scale.sizes());
+  TORCH_CHECK_VALUE(!bias.defined() || bias.numel() == outputs, "lrt_linear: bias must be [", outputs, "], got ",
+                    bias.sizes());
 }
 
 // exp(log_alpha) [O] or [1] in fp32 or fp64; undefined for the kinds whose alpha is inside sigma^2.
@@ -197,6 +204,7 @@ std::tuple<Tensor, Tensor> lrt_linear_cpu(const Tensor& x, const MaybeTensor& ma
   const Tensor a = scratch.cast(x, operand), scale = scale_in.contiguous();
   const Tensor weight = kind == Kind::variance ? Tensor() : maybe_weight->contiguous();
   const Tensor bias = maybe_bias ? maybe_bias->to(wide_dtype(x)).contiguous() : Tensor();
+  check_shapes(kind, x, weight, scale, bias);
   const Tensor var = gemm(square(a, operand, scratch), variance_operand(kind, weight, scale, operand, scratch).t());
   const Tensor mean = weight.defined() ? gemm(a, scratch.cast(weight, operand).t()) : Tensor();
   const bool in_place = mean.defined() && mean.scalar_type() == x.scalar_type();
@@ -219,11 +227,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lrt_linear_backward_cpu(
   const Tensor a = scratch.cast(x, operand), scale = scale_in.contiguous();
   const Tensor weight = kind == Kind::variance ? Tensor() : maybe_weight->contiguous();
   const Tensor grad = grad_in.contiguous();
+  check_shapes(kind, x, weight, scale, Tensor());
+  TORCH_CHECK_VALUE(grad.sizes() == var.sizes(), "lrt_linear_backward: grad must have var's shape ", var.sizes(),
+                    ", got ", grad.sizes());
   const NoiseStream stream = noise_stream(seed, row_offset, col_offset, sample);
   const VarianceGradient dvar = sample_backward(stream, grad, output_alpha(kind, scale), var.contiguous(), operand,
                                                 need_bias && has_bias, need_scale && outer_alpha, &scratch);
-  const Tensor g = scratch.cast(grad, operand), none = at::empty({0}, x.options());
-  Tensor grad_x = none, grad_weight = none, grad_scale = none;
+  const Tensor g = scratch.cast(grad, operand);
+  Tensor grad_x, grad_weight, grad_scale;
   // A GEMM whose result is rounded to another dtype afterwards needs no memory of its own.
   const auto draft = [&](const Tensor& like) { return like.scalar_type() == operand ? nullptr : &scratch; };
   if (need_x) {
@@ -245,14 +256,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lrt_linear_backward_cpu(
     grad_scale = (kind == Kind::layer ? dvar.alpha.sum().reshape({1}) : dvar.alpha.sum(0)).to(scale.scalar_type());
   else if (need_scale && kind != Kind::weight)
     grad_scale = product_exp(dsigma2, scale);
-  return {grad_x, need_weight ? grad_weight : none, need_scale ? grad_scale : none,
-          dvar.bias.defined() ? dvar.bias : none};
+  const auto keep = [&](bool needed, const Tensor& t) { return needed ? t : at::empty({0}, x.options()); };
+  return {keep(need_x, grad_x), keep(need_weight, grad_weight), keep(need_scale, grad_scale),
+          keep(need_bias && has_bias, dvar.bias)};
 }
 
 // ---- the epilogue alone --------------------------------------------------------------------------------
 
 Tensor lrt_sample_cpu(const Tensor& mean, const Tensor& var, const Tensor& seed, int64_t row_offset,
                       int64_t col_offset, int64_t sample) {
+  TORCH_CHECK_VALUE(mean.dim() == 2 && mean.sizes() == var.sizes(), "lrt_sample: mean and var must be [M, O], got ",
+                    mean.sizes(), " and ", var.sizes());
   const Tensor y = at::empty(mean.sizes(), mean.options());
   const NoiseStream stream = noise_stream(seed, row_offset, col_offset, sample);
   sample_forward(stream, mean.contiguous(), Tensor(), Tensor(), var.contiguous(), y);
@@ -261,6 +275,8 @@ Tensor lrt_sample_cpu(const Tensor& mean, const Tensor& var, const Tensor& seed,
 
 Tensor lrt_sample_backward_cpu(const Tensor& grad, const Tensor& var, const Tensor& seed, int64_t row_offset,
                                int64_t col_offset, int64_t sample) {
+  TORCH_CHECK_VALUE(var.dim() == 2 && grad.sizes() == var.sizes(), "lrt_sample_backward: grad and var must be [M, O], got ",
+                    grad.sizes(), " and ", var.sizes());
   const NoiseStream stream = noise_stream(seed, row_offset, col_offset, sample);
   return sample_backward(stream, grad.contiguous(), Tensor(), var.contiguous(), var.scalar_type(), false, false, nullptr).var;
 }

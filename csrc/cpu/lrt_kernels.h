@@ -6,11 +6,7 @@
 
 namespace {
 
-LSF_INLINE Floats alpha_at(Alpha alpha, int64_t col, ptrdiff_t i, Whole extent) {
-  if (!alpha.data) return splat(1.0f);
-  return alpha.stride ? load(alpha.data + col + i, extent) : splat(*alpha.data);
-}
-LSF_INLINE Floats alpha_at(Alpha alpha, int64_t col, ptrdiff_t i, Part extent) {
+template <class Extent> LSF_INLINE Floats alpha_at(Alpha alpha, int64_t col, ptrdiff_t i, Extent extent) {
   if (!alpha.data) return splat(1.0f);
   return alpha.stride ? load(alpha.data + col + i, extent) : splat(*alpha.data);
 }
@@ -60,7 +56,7 @@ void lrt_sample_backward(NoiseStream stream, Tile tile, Matrix grad, Alpha alpha
       const Floats ai = alpha_at(alpha, tile.col, i, extent);
       const Floats slope = splat(0.5f) / deviation(vi, ai) * ai;
       Floats d = gi * load(eps + i, extent) * slope;
-      d = minimum(limit, maximum(-limit, d));
+      d = minimum(limit, maximum(-limit, d)) + (gi - gi);  // not finite where grad is not
       d = vi < splat(0.0f) ? splat(0.0f) : d;
       store(dv + i, d, extent);
       if (bias_sums) store(bias_sums + i, load(bias_sums + i, extent) + gi, extent);

@@ -26,6 +26,8 @@ at::Tensor philox_normal_cpu(const at::Tensor& seed, int64_t rows, int64_t cols,
 }
 
 at::Tensor philox_words_cpu(const at::Tensor& seed, const at::Tensor& counters) {
+  TORCH_CHECK_VALUE(seed.numel() == 1 && counters.dim() > 0 && counters.size(-1) == 4,
+                    "philox_words: seed must be 0-d and counters [..., 4], got ", seed.sizes(), " and ", counters.sizes());
   const at::Tensor in = counters.contiguous();
   at::Tensor out = at::empty_like(in);
   kernels().philox_words(*seed.const_data_ptr<int64_t>(), in.const_data_ptr<int64_t>(), in.numel() / 4,

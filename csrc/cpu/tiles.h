@@ -23,7 +23,13 @@ inline Matrix matrix_of(const at::Tensor& t, int64_t cols) {
   return {t.data_ptr(), cols, dtype_of(t)};
 }
 
+// A tensor's memory from element `first` on.
+inline Array array_of(const at::Tensor& t, int64_t first) {
+  return {static_cast<char*>(t.data_ptr()) + first * t.element_size(), dtype_of(t)};
+}
+
 inline NoiseStream noise_stream(const at::Tensor& seed, int64_t row_offset, int64_t col_offset, int64_t sample) {
+  TORCH_CHECK_VALUE(seed.numel() == 1, "losssurf_fast: seed must be a 0-d int64 tensor, got shape ", seed.sizes());
   return {static_cast<uint64_t>(*seed.const_data_ptr<int64_t>()), static_cast<uint32_t>(sample),
           static_cast<uint64_t>(row_offset), static_cast<uint64_t>(col_offset)};
 }

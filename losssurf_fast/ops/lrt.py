@@ -53,14 +53,18 @@ def lrt_sample_reference(mean, var, seed, row_offset=0, col_offset=0, sample=0):
 
 
 def lrt_sample_backward_reference(grad, var, seed, row_offset=0, col_offset=0, sample=0):
-    """Gradient to var ``[M, O]`` in its dtype: ``grad eps / (2 sqrt(var + 1e-16))``, 0 where var < 0, saturated."""
+    """Gradient to var ``[M, O]`` in its dtype: ``grad eps / (2 sqrt(var + 1e-16))``, 0 where var < 0.
+
+    Saturates where grad is finite: 5e7 ``|grad eps|`` at var = 0 must stay finite in fp16.
+    """
     wide = torch.promote_types(var.dtype, torch.float32)
     rows, cols = var.shape
     eps = torch.ops.losssurf_fast.philox_normal.default(seed, rows, cols, row_offset, col_offset, sample, wide)
     v = var.to(wide)
     grad_var = grad.to(wide) * eps * 0.5 / torch.sqrt(v.clamp(min=0) + EPSILON)
-    limit = torch.finfo(var.dtype).max  # 5e7 |grad eps| at var = 0 must stay finite in fp16
-    return torch.where(v < 0, 0.0, grad_var).clamp(-limit, limit).to(var.dtype)
+    limit = torch.finfo(var.dtype).max
+    overflowed = grad.to(wide) - grad.to(wide)  # NaN where grad is not finite, else 0
+    return torch.where(v < 0, 0.0, grad_var.clamp(-limit, limit) + overflowed).to(var.dtype)
 
 
 define(
@@ -133,6 +137,8 @@ def lrt_sample(
         raise ValueError(
             f"{name}: var must broadcast to mean's shape {tuple(mean.shape)}, got {tuple(var.shape)}"
         ) from None
+    if not isinstance(spatial_dims, int) or isinstance(spatial_dims, bool):
+        raise TypeError(f"{name}: spatial_dims must be an int, got {type(spatial_dims).__name__}")
     if not 0 <= spatial_dims <= mean.dim():
         raise ValueError(f"{name}: spatial_dims must lie in [0, {mean.dim()}], got {spatial_dims}")
     leading = mean.dim() - max(spatial_dims, min(1, mean.dim()))
@@ -215,8 +221,7 @@ def lrt_linear_backward_reference(
     dvar = lrt_sample_backward_reference(grad.to(wide), v * alpha, seed, row_offset, col_offset, sample) * alpha
     sigma2 = _variance_operand(weight, scale, parameterization, wide)
     a, g, h = x.to(operand), grad.to(operand), dvar.to(operand)
-    none = x.new_empty(0)
-    grad_x = grad_weight = grad_scale = grad_bias = none
+    grad_x, grad_weight, grad_scale, grad_bias = (x.new_empty(0) for _ in range(4))
     if needed[0]:
         grad_x = 2 * x.to(wide) * (h @ sigma2.to(operand)).to(wide)
         if parameterization != "variance":
@@ -260,13 +265,12 @@ def _lrt_linear_backward_fake(
     col_offset=0,
     sample=0,
 ):
-    none = x.new_empty(0)
     wide = torch.promote_types(x.dtype, torch.float32)
     return (
-        x.new_empty(x.shape) if needed[0] else none,
-        weight.new_empty(weight.shape) if needed[1] else none,
-        scale.new_empty(scale.shape) if needed[2] else none,
-        grad.new_empty(grad.shape[1], dtype=wide) if needed[3] and has_bias else none,
+        x.new_empty(x.shape if needed[0] else 0),
+        weight.new_empty(weight.shape) if needed[1] else x.new_empty(0),
+        scale.new_empty(scale.shape) if needed[2] else x.new_empty(0),
+        grad.new_empty(grad.shape[1], dtype=wide) if needed[3] and has_bias else x.new_empty(0),
     )
 
 
@@ -308,16 +312,19 @@ def _lrt_linear_backward_autograd(ctx, *outgoing):
 register_autograd("lrt_linear_backward", _lrt_linear_backward_autograd, _lrt_linear_backward_setup)
 
 
-def _check_lrt_linear(x, weight, scale, bias, parameterization) -> None:
+def _check_activations(x) -> None:
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"lrt_linear: x must be a tensor, got {type(x).__name__}")
+    if x.dtype not in LRT_DTYPES:
+        raise TypeError(f"lrt_linear: x must have one of the dtypes {LRT_DTYPES}, got {x.dtype}")
+    if x.dim() == 0:
+        raise ValueError("lrt_linear: x must be [..., in_features], got a 0-d tensor")
+
+
+def _check_parameters(x, weight, scale, bias, parameterization) -> None:
     name = "lrt_linear"
     if parameterization not in PARAMETERIZATIONS:
         raise ValueError(f"{name}: parameterization must be one of {PARAMETERIZATIONS}, got {parameterization!r}")
-    if not isinstance(x, torch.Tensor):
-        raise TypeError(f"{name}: x must be a tensor, got {type(x).__name__}")
-    if x.dtype not in LRT_DTYPES:
-        raise TypeError(f"{name}: x must have one of the dtypes {LRT_DTYPES}, got {x.dtype}")
-    if x.dim() == 0:
-        raise ValueError(f"{name}: x must be [..., in_features], got a 0-d tensor")
     if (weight is None) != (parameterization == "variance"):
         wanted = "must be None" if weight is not None else "is missing"
         raise ValueError(f"{name}: weight {wanted} for parameterization {parameterization!r}")
@@ -376,10 +383,11 @@ def lrt_linear(
     Raises:
         TypeError, ValueError: a dtype, device, shape, name, seed or offset is not as above.
     """
-    device = x.device.type if isinstance(x, torch.Tensor) else "cpu"
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+    _check_activations(x)
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(device))
-    _check_lrt_linear(x, weight, scale, bias, parameterization)
+    _check_parameters(x, weight, scale, bias, parameterization)
     out_features = (scale if weight is None else weight).shape[0]
     check_stream("lrt_linear", row_offset, col_offset, sample, out_features)
     seed = as_seed("lrt_linear", seed, x.device)

@@ -284,8 +284,7 @@ def backward_passes(grad, x, weight, scale, has_bias, var, seed, parameterizatio
         else:
             grad_weight, found = grad_parameters_dual(*inputs, parameter_tile(x.shape[0], x.dtype))
         grad_scale = grad_scale if found is None else found
-    none = x.new_empty(0)
-    return tuple(none if g is None else g for g in (grad_x, grad_weight, grad_scale, grad_bias))
+    return tuple(x.new_empty(0) if g is None else g for g in (grad_x, grad_weight, grad_scale, grad_bias))
 
 
 attach("lrt_linear_backward", lrt_linear_backward_triton)

@@ -161,6 +161,7 @@ def _lrt_sample_backward_kernel(
             # d y / d var = eps / (2 sqrt(var + 1e-16))
             grad_var = grad * eps * 0.5 * tl.rsqrt(nonnegative(var * alpha) + _EPSILON)
             grad_var = tl.where(grad_var > LIMIT, LIMIT, tl.where(grad_var < -LIMIT, -LIMIT, grad_var))
+            grad_var += grad - grad  # not finite where grad is not
             grad_var = tl.where(var < 0.0, 0.0, grad_var) * alpha
             if grad_var_ptr is not None:
                 tl.store(grad_var_ptr + offs, grad_var.to(grad_var_ptr.dtype.element_ty), mask=mask)

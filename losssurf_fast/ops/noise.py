@@ -207,6 +207,9 @@ def philox_normal(
         dtype, device, sizes = dtype or shape.dtype, device or shape.device, tuple(shape.shape)
     else:
         sizes = (shape,) if isinstance(shape, int | torch.SymInt) else tuple(shape)
+        for size in sizes:
+            if not isinstance(size, int | torch.SymInt) or isinstance(size, bool):
+                raise TypeError(f"philox_normal: shape must be ints or a tensor, got {shape!r}")
     if any(size < 0 for size in sizes):
         raise ValueError(f"philox_normal: sizes must not be negative, got {sizes}")
     dtype = dtype or torch.float32
