@@ -57,6 +57,22 @@ def test_lrt_linear_forward_and_backward(parameterization, isa):
                     assert_as_good_as_eager(actual, eager[i], exact[i])
 
 
+@pytest.mark.parametrize("parameterization", ["additive", "variance"])
+def test_lrt_linear_backward_in_blocks(parameterization):
+    """Few rows and many weights: the C++ backward walks over blocks of outputs (374 and 226 of these)."""
+    inputs = lrt_inputs(parameterization, (5, 600, 700))
+    place = (torch.tensor(5), parameterization)
+    grad, var = torch.randn(5, 600), OP.lrt_linear(*inputs, *place)[1]
+    exact_var = lrt.lrt_linear_reference(*double(inputs), *place)[1]
+    for need_x, need_scale in ((True, True), (True, False), (False, True)):
+        needed = [need_x, False, need_scale, False]
+        ours = OP.lrt_linear_backward(grad, *inputs[:3], True, var, *place, needed)
+        eager = lrt.lrt_linear_backward_reference(grad, *inputs[:3], True, var, *place, needed)
+        exact = lrt.lrt_linear_backward_reference(grad.double(), *double(inputs[:3]), True, exact_var, *place, needed)
+        for i in (0, 2):
+            assert_as_good_as_eager(ours[i], eager[i], exact[i])
+
+
 def test_lrt_linear_layer_gradient_error():
     """The single number d log_alpha of "layer" is a long sum: its error over 40 draws is at most twice eager's."""
     errors = []

@@ -39,6 +39,11 @@ class Scratch {
   size_t next_ = 0;
 };
 
+inline bool on_amd() {
+  static const bool amd = __builtin_cpu_is("amd");
+  return amd;
+}
+
 // a [M, K] times b [K, N], any strides; a temporary where `scratch` is given.
 //
 // On AMD, MKL takes its AVX2 path and oneDNN is twice as fast in fp32; elsewhere MKL is level or ahead, and for small
@@ -48,9 +53,8 @@ inline at::Tensor gemm(const at::Tensor& a, const at::Tensor& b, Scratch* scratc
   using Linear = at::Tensor(const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&, std::string_view,
                             c10::List<std::optional<at::Scalar>>, std::optional<std::string_view>);
   static const auto onednn = c10::Dispatcher::singleton().findSchema({"mkldnn::_linear_pointwise", ""});
-  static const bool amd = __builtin_cpu_is("amd");
   constexpr int64_t kWorthOneDNN = 1 << 22;  // multiply-adds
-  if (amd && onednn && a.scalar_type() == at::kFloat && a.size(0) * a.size(1) * b.size(1) >= kWorthOneDNN)
+  if (on_amd() && onednn && a.scalar_type() == at::kFloat && a.size(0) * a.size(1) * b.size(1) >= kWorthOneDNN)
     return onednn->typed<Linear>().call(a, b.t(), std::nullopt, "none", c10::List<std::optional<at::Scalar>>(), "");
   if (!scratch) return at::mm(a, b);
   at::Tensor out = scratch->empty({a.size(0), b.size(1)}, a.options());

@@ -193,6 +193,42 @@ VarianceGradient sample_backward(NoiseStream stream, const Tensor& grad, const T
   return result;
 }
 
+// What the variance stream's gradient gives where sigma^2 = exp(log_sigma2): grad_var sigma^2 [M, I] and the gradient
+// to log_sigma2 [O, I], each undefined where not asked for.
+struct LogVarianceGradient {
+  Tensor through_var, log_sigma2;
+};
+
+// At few rows the passes over [O, I] cost as much as the products. So sigma^2 is made, multiplied and multiplied in
+// block by block of outputs, while the block is in the L2 cache, and never written to memory.
+bool in_blocks(Kind kind, const Tensor& x, const Tensor& scale) {
+  constexpr int64_t kFewRows = 256;
+  return (kind == Kind::additive || kind == Kind::variance) && x.scalar_type() == at::kFloat && x.size(0) <= kFewRows &&
+         x.numel() > 0 && scale.size(0) > 0 && !on_amd();  // where gemm would take oneDNN, which cannot accumulate
+}
+
+LogVarianceGradient log_variance_gradient(const Tensor& x, const Tensor& scale, const Tensor& grad_var, bool need_x,
+                                          bool need_scale, Scratch& scratch) {
+  constexpr int64_t kBlock = 1 << 18;  // elements: 1 MiB
+  const int64_t outputs = scale.size(0), step = std::clamp<int64_t>(kBlock / scale.size(1), 16, outputs);
+  const Tensor squares = need_scale ? square(x, at::kFloat, scratch) : Tensor();
+  const Tensor block = scratch.empty({step, scale.size(1)}, scale.options());
+  LogVarianceGradient result;
+  if (need_x) result.through_var = scratch.empty(x.sizes(), x.options());
+  if (need_scale) result.log_sigma2 = at::empty(scale.sizes(), scale.options());
+  for (int64_t first = 0; first < outputs; first += step) {
+    const int64_t count = std::min(step, outputs - first);
+    const Tensor sigma2 = block.narrow(0, 0, count), dv = grad_var.narrow(1, first, count);
+    run_map(Map::exp, {scale.narrow(0, first, count)}, {sigma2});
+    if (need_x && first == 0) at::mm_out(result.through_var, dv, sigma2);
+    else if (need_x) result.through_var.addmm_(dv, sigma2);
+    if (!need_scale) continue;
+    Tensor part = result.log_sigma2.narrow(0, first, count);
+    at::mm_out(part, dv.t(), squares).mul_(sigma2);
+  }
+  return result;
+}
+
 std::tuple<Tensor, Tensor> lrt_linear_cpu(const Tensor& x, const MaybeTensor& maybe_weight, const Tensor& scale_in,
                                           const MaybeTensor& maybe_bias, const Tensor& seed,
                                           std::string_view parameterization, int64_t row_offset, int64_t col_offset,
@@ -237,13 +273,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lrt_linear_backward_cpu(
   Tensor grad_x, grad_weight, grad_scale;
   // A GEMM whose result is rounded to another dtype afterwards needs no memory of its own.
   const auto draft = [&](const Tensor& like) { return like.scalar_type() == operand ? nullptr : &scratch; };
+  const bool blocks = in_blocks(kind, x, scale);
+  LogVarianceGradient blocked;
+  if (blocks) blocked = log_variance_gradient(a, scale, dvar.var, need_x, need_scale, scratch);
   if (need_x) {
-    const Tensor through_var = gemm(dvar.var, variance_operand(kind, weight, scale, operand, scratch), &scratch);
+    const Tensor through_var =
+        blocks ? blocked.through_var
+               : gemm(dvar.var, variance_operand(kind, weight, scale, operand, scratch), &scratch);
     const Tensor through_mean =
         weight.defined() ? gemm(g, scratch.cast(weight, operand), draft(x)) : at::zeros_like(through_var);
     grad_x = add_product(through_mean, a, through_var, x.scalar_type());
   }
-  const bool need_sigma2 = (need_weight && kind != Kind::additive) || (need_scale && !outer_alpha);
+  const bool need_sigma2 = (need_weight && kind != Kind::additive) || (need_scale && !outer_alpha && !blocks);
   const Tensor dsigma2 =
       need_sigma2 ? gemm(dvar.var.t(), square(a, operand, scratch), outer_alpha ? &scratch : draft(scale)) : Tensor();
   if (need_weight || (need_scale && kind == Kind::weight)) {
@@ -255,7 +296,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lrt_linear_backward_cpu(
   if (need_scale && outer_alpha)
     grad_scale = (kind == Kind::layer ? dvar.alpha.sum().reshape({1}) : dvar.alpha.sum(0)).to(scale.scalar_type());
   else if (need_scale && kind != Kind::weight)
-    grad_scale = product_exp(dsigma2, scale);
+    grad_scale = blocks ? blocked.log_sigma2 : product_exp(dsigma2, scale);
   const auto keep = [&](bool needed, const Tensor& t) { return needed ? t : at::empty({0}, x.options()); };
   return {keep(need_x, grad_x), keep(need_weight, grad_weight), keep(need_scale, grad_scale),
           keep(need_bias && has_bias, dvar.bias)};
