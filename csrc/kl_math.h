@@ -99,10 +99,10 @@ template <class F> LSF_INLINE F weight_slope(F weight, F slope) {
 template <class F, class U>
 LSF_INLINE KLTerm<F> kl_normal(F weight, F log_sigma2, F precision, F log_variance) {
   const F half = constant<F>(0.5f), x = log_sigma2 - log_variance;
-  const ExpParts<F> e = exp_parts(minimum(constant<F>(89.0f), maximum(constant<F>(-88.0f), x)));
+  const ExpParts<F> e = exp_parts(minimum(constant<F>(89.0f), maximum(constant<F>(-87.0f), x)));
   // Halves of exp(x) - 1 = h r^2 p + (h r + (h - 1/2)), h = 2^(n-1). Near x = 0, h = 1/2 and r = x, so that what is
   // left after subtracting x / 2 has no rounding error.
-  const F h = float_of((bits_of(e.shifted) << 23) + 0x3F000000u);
+  const F h = float_of((bits_of(e.shifted) << 23) + 0x3F000000u);  // n >= -126: at -127 the sum would turn negative
   const F tail = h * (e.r * e.r) * e.p, line = fused_mul_add(h, e.r, h - half);
   const F spread = fused_mul_add(half, -x, line) + tail;
   return {fused_mul_add(half * weight * weight, precision, spread), line + tail};

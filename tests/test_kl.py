@@ -89,6 +89,19 @@ def test_kl_normal_golden_value():
     torch.testing.assert_close(ops.kl_normal(None, log_sigma2, 0.7), zero_mean)
 
 
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+def test_kl_normal_of_tiny_and_large_variances(isa):
+    """Every log_sigma2 in [-300, 88], through the range where exp leaves the normal numbers of fp32."""
+    with instruction_set(isa):
+        for log_sigma2 in torch.cat((torch.arange(-300.0, 88.0, 0.37), torch.arange(-88.5, -86.0, 0.01))):
+            s = log_sigma2.reshape(1).clone().requires_grad_()
+            kl = ops.kl_normal(None, s)
+            expected = 0.5 * (torch.expm1(s.detach().double()) - s.detach().double()).sum().float()
+            torch.testing.assert_close(kl.detach(), expected)
+            (slope,) = torch.autograd.grad(kl, s)
+            torch.testing.assert_close(slope, 0.5 * torch.expm1(s.detach().double()).float())
+
+
 def test_kl_log_uniform_is_the_integral_of_dawsons_function():
     """KL = 2 int_0^sqrt(mu) D, by the trapezoidal rule on D' = 1 - 2 z D solved from its Taylor series."""
     mu = torch.tensor([0.05, 0.5, 2.0, 6.0], dtype=F64)

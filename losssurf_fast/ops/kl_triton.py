@@ -139,7 +139,7 @@ def _log_uniform_approximate(log_alpha):
 @triton.jit
 def _normal(weight, log_sigma2, precision, log_variance):
     x = log_sigma2 - log_variance
-    r, p, shifted = _exp_parts(tl.where(x < -88.0, -88.0, tl.where(x > 89.0, 89.0, x)))
+    r, p, shifted = _exp_parts(tl.where(x < -87.0, -87.0, tl.where(x > 89.0, 89.0, x)))
     h = _power_of_two(shifted, 0x3F000000)
     tail, line = h * (r * r) * p, tl.fma(h, r, h - 0.5)
     spread = tl.fma(-x, 0.5, line) + tail
