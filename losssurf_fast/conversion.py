@@ -3,12 +3,13 @@
 import dataclasses
 import fnmatch
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from torch import nn
 
-from losssurf_fast.nn.lrt import LRTLinear, check_parameterization
+from losssurf_fast.nn.lrt import LRTLinear, check_parameterization, initial_scale
 from losssurf_fast.nn.stochastic import StochasticLayer, fast_path_skips_noise
+from losssurf_fast.ops.lrt import LRT_DTYPES
 
 logger = logging.getLogger("losssurf_fast")
 _REPORT = "_losssurf_conversion_report"
@@ -41,10 +42,11 @@ def to_lrt(
 
     The modules, their Parameter objects, names, hooks, dtypes, devices and flags stay; each layer gains
     ``log_alpha`` or ``log_sigma2`` (trainable where its weight is), so make the optimizer afterwards. Layers that
-    share a weight share that too. A "variance" layer starts with log_sigma2 = log(weight^2) and gives up its weight.
+    share a weight share that too. A "variance" layer starts with log_sigma2 = log(weight^2) and gives up its weight,
+    so layers that share one have to become "variance" in one call.
 
     Layers that cannot be converted keep working without noise; they are logged as a warning and listed with the
-    reason by :func:`conversion_report`: subclasses of ``nn.Linear`` with a forward of their own, ``out_proj`` of
+    reason by :func:`conversion_report`: subclasses of ``nn.Linear``, parametrized or pruned ones, ``out_proj`` of
     ``nn.MultiheadAttention`` (read without being called), convolutions, and other modules with weight matrices. The
     fast path of ``nn.TransformerEncoderLayer`` reads its layers' weights past their forward, so it is turned off
     where one of them is converted.
@@ -57,7 +59,8 @@ def to_lrt(
         init_log_sigma2, init_log_alpha: first values, as for :class:`lsf.nn.LRTLinear`.
 
     Raises:
-        TypeError, ValueError: bad arguments, a pattern that matches no layer, or no layer to convert.
+        TypeError, ValueError: bad arguments, a pattern that matches no layer, or no layer to convert; the model is
+            as it was.
     """
     check_parameterization("to_lrt", parameterization, init_log_sigma2, init_log_alpha)
     if not isinstance(model, nn.Module):
@@ -89,11 +92,13 @@ def to_lrt(
     # id of a weight -> the scale of the layers that share it, also of those that an earlier call converted
     earlier = [m for m in model.modules() if isinstance(m, LRTLinear) and m.parameterization == parameterization]
     scales = {id(layer.weight): layer.scale for layer in earlier if layer.weight is not None}
+    for weight in [module.weight for module in chosen.values()]:  # all that may fail, before a layer changes
+        if id(weight) not in scales:
+            start = initial_scale(weight, parameterization, init_log_sigma2, init_log_alpha)
+            scales[id(weight)] = nn.Parameter(start, requires_grad=weight.requires_grad)
     for module in chosen.values():
-        weight = module.weight
         module.__class__ = LRTLinear
-        module.become_stochastic(parameterization, init_log_sigma2, init_log_alpha, scales.get(id(weight)))
-        scales[id(weight)] = module.scale
+        module.become_stochastic(parameterization, init_log_sigma2, init_log_alpha, scales[id(module.weight)])
     _turn_off_fast_paths(model)
 
     before = getattr(model, _REPORT, None)
@@ -111,8 +116,11 @@ def conversion_report(model: nn.Module) -> ConversionReport:
     """What ``to_lrt`` converted in ``model`` (or in the model it wraps) and what it left, with the reasons.
 
     Raises:
+        TypeError: ``model`` is not a module.
         ValueError: ``to_lrt`` was never called on this model.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"conversion_report: model must be a torch.nn.Module, got {type(model).__name__}")
     for module in model.modules():
         report = getattr(module, _REPORT, None)
         if report is not None:
@@ -123,7 +131,11 @@ def conversion_report(model: nn.Module) -> ConversionReport:
 def _patterns(argument: str, patterns) -> tuple[str, ...] | None:
     if patterns is None:
         return None
-    patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns)
+    if isinstance(patterns, str):
+        return (patterns,)
+    if not isinstance(patterns, Iterable):
+        raise TypeError(f"to_lrt: {argument} must be a pattern or several, got {type(patterns).__name__}")
+    patterns = tuple(patterns)
     for pattern in patterns:
         if not isinstance(pattern, str):
             raise TypeError(f"to_lrt: {argument} must hold names or patterns, got {type(pattern).__name__}")
@@ -157,12 +169,18 @@ def _why_left(module: nn.Module, attention_outputs: set[int]) -> str | None:
         return "nn.MultiheadAttention reads its weight without calling it, noise would be lost"
     if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
         return f"{kind}: its sizes are unknown until a first forward"
-    if type(module).forward is not nn.Linear.forward or "forward" in vars(module):
-        return f"{kind} has a forward of its own"
     if not isinstance(module._parameters.get("weight"), nn.Parameter):
         return f"{kind}: its weight is computed (parametrized, pruned or normalised)"
+    if "bias" not in module._parameters:
+        return f"{kind}: its bias is computed (parametrized, pruned or normalised)"
     if hasattr(module.weight, "device_mesh"):  # a DTensor, whose import costs what few models need
         return f"{kind} is sharded already; convert the model before sharding it"
+    if type(module).forward is not nn.Linear.forward or "forward" in vars(module):
+        return f"{kind} has a forward of its own"
+    if type(module) is not nn.Linear:
+        return f"{kind} is a subclass of nn.Linear, whose class and methods would be lost"
+    if module.weight.dtype not in LRT_DTYPES:
+        return f"{kind}: there is no noise in {module.weight.dtype}"
     return None
 
 

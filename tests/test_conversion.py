@@ -106,6 +106,7 @@ def test_report_of_what_was_left(caplog):
         {
             "plain": nn.Linear(4, 4),
             "named": OwnName(4, 4),
+            "complex": nn.Linear(4, 4, dtype=torch.complex64),
             "own": OwnForward(4, 4),
             "lazy": nn.LazyLinear(4),
             "normed": nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)),
@@ -122,10 +123,12 @@ def test_report_of_what_was_left(caplog):
     with caplog.at_level(logging.INFO, logger="losssurf_fast"):
         lsf.to_lrt(model, "layer", exclude="skipped")
     report = lsf.conversion_report(model)
-    assert report.converted == {"plain": "layer", "named": "layer"}
+    assert report.converted == {"plain": "layer"}
     left = report.left
     assert left.pop("skipped") == "not selected by include and exclude"
     assert left.pop("own") == "OwnForward has a forward of its own"
+    assert left.pop("named") == "OwnName is a subclass of nn.Linear, whose class and methods would be lost"
+    assert left.pop("complex") == "Linear: there is no noise in torch.complex64"
     assert left.pop("patched") == "Linear has a forward of its own"
     assert left.pop("conv") == "Conv2d: there is no stochastic convolution yet"
     assert left.pop("lazy") == "LazyLinear: its sizes are unknown until a first forward"
@@ -138,6 +141,54 @@ def test_report_of_what_was_left(caplog):
     assert "own: OwnForward has a forward of its own" in warnings[0]
     assert "skipped" not in warnings[0]
     assert type(model["own"]) is OwnForward
+    assert type(model["named"]) is OwnName
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda linear: nn.utils.parametrizations.weight_norm(linear, "bias", dim=None),
+        lambda linear: nn.utils.prune.random_unstructured(linear, "bias", 0.5),
+    ],
+)
+def test_computed_bias_is_left(change):
+    model, x = nn.Sequential(change(nn.Linear(4, 4)), nn.Linear(4, 4)), torch.randn(2, 4)
+    expected = model.eval()(x)
+    lsf.to_lrt(model)
+    assert lsf.conversion_report(model).converted == {"1": "additive"}
+    reason = lsf.conversion_report(model).left["0"]
+    assert reason.endswith("Linear: its bias is computed (parametrized, pruned or normalised)")
+    torch.testing.assert_close(model(x), expected)
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "message"),
+    [
+        ("a", TypeError, "to_lrt: init_log_alpha must be a real number, got str"),
+        (True, TypeError, "to_lrt: init_log_alpha must be a real number, got bool"),
+        (1j, TypeError, "to_lrt: init_log_alpha must be a real number, got complex"),
+        (float("nan"), ValueError, "to_lrt: init_log_alpha must be a finite float32 number, got nan"),
+        (float("-inf"), ValueError, "to_lrt: init_log_alpha must be a finite float32 number, got -inf"),
+        (1e39, ValueError, "to_lrt: init_log_alpha must be a finite float32 number, got 1e"),
+    ],
+)
+@pytest.mark.parametrize("parameterization", ["layer", "additive"])
+def test_bad_initial_value_leaves_the_model_alone(parameterization, value, error, message):
+    model = mlp()
+    with pytest.raises(error, match=message):
+        lsf.to_lrt(model, parameterization, init_log_alpha=value)
+    assert [type(m) for m in model] == [nn.Linear, nn.ReLU, nn.Linear]
+
+
+def test_failure_on_the_way_leaves_the_model_alone(monkeypatch):
+    starts = iter([torch.zeros(1)])  # the second layer finds none
+    monkeypatch.setattr("losssurf_fast.conversion.initial_scale", lambda *arguments: next(starts))
+    model = mlp()
+    with pytest.raises(StopIteration):
+        lsf.to_lrt(model, "layer")
+    assert [type(m) for m in model] == [nn.Linear, nn.ReLU, nn.Linear]
+    with pytest.raises(ValueError, match="to_lrt was not called"):
+        lsf.conversion_report(model)
 
 
 def test_patterns():
@@ -162,6 +213,12 @@ def test_report_through_a_wrapper():
     [
         (lambda: lsf.to_lrt(mlp(), "fancy"), ValueError, "to_lrt: parameterization must be one of"),
         (lambda: lsf.to_lrt(mlp(), "layer", init_log_sigma2=1.0), ValueError, "to_lrt: init_log_sigma2 is for"),
+        (lambda: lsf.to_lrt(mlp(), include=3), TypeError, "to_lrt: include must be a pattern or several, got int"),
+        (
+            lambda: lsf.conversion_report(None),
+            TypeError,
+            "conversion_report: model must be a torch.nn.Module, got None",
+        ),
         (lambda: lsf.to_lrt([nn.Linear(2, 2)]), TypeError, "to_lrt: model must be a torch.nn.Module, got list"),
         (
             lambda: lsf.to_lrt(mlp(), include="fc*"),

@@ -226,6 +226,7 @@ def test_func_grad(layer):
         ({"parameterization": "layer", "init_log_sigma2": 0.0}, "'layer' has log_alpha"),
         ({"parameterization": "variance", "init_log_alpha": 0.0}, "no meaning for 'variance'"),
         ({"init_log_sigma2": 0.0, "init_log_alpha": 0.0}, "not both"),
+        ({"init_log_sigma2": float("inf")}, "LRTLinear: init_log_sigma2 must be a finite float32 number, got inf"),
     ],
 )
 def test_bad_arguments(arguments, message):
@@ -236,6 +237,17 @@ def test_bad_arguments(arguments, message):
 def test_bad_input(layer):
     with pytest.raises(ValueError, match=r"\[out_features, 6\]"):
         layer(torch.randn(2, 6))
-    if layer.weight is None:
-        with pytest.raises(ValueError, match=r"input must be \[\.\.\., 7\], got \(2, 6\)"):
-            layer.eval()(torch.randn(2, 6))
+    with pytest.raises(TypeError, match="lrt_linear: x must have one of the dtypes .* got torch.int64"):
+        layer.eval()(torch.ones(2, 7).long())
+    with pytest.raises(TypeError, match="lrt_linear: x must be a tensor, got NoneType"):
+        layer.eval()(None)
+
+
+def test_variance_layer_checks_its_input_in_evaluation_as_in_training():
+    layer = lsf.nn.LRTLinear(7, 5, parameterization="variance")
+    for x in (None, torch.ones(2, 7).long(), torch.ones(2, 7).double(), torch.ones(2, 6), torch.tensor(1.0)):
+        with pytest.raises((TypeError, ValueError)) as training:
+            layer.train()(x)
+        with pytest.raises(training.type) as evaluation:
+            layer.eval()(x)
+        assert str(evaluation.value) == str(training.value)

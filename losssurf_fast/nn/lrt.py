@@ -1,6 +1,7 @@
 """Layers with Gaussian weights, trained by the local reparameterization trick (``ops/lrt.py`` has the formulas)."""
 
 import math
+from numbers import Real
 
 import torch
 from torch import nn
@@ -8,7 +9,7 @@ from torch.nn import functional as F
 
 from losssurf_fast import ops
 from losssurf_fast.nn.stochastic import StochasticLayer
-from losssurf_fast.ops.lrt import PARAMETERIZATIONS
+from losssurf_fast.ops.lrt import PARAMETERIZATIONS, _check_activations, _check_parameters
 
 INIT_LOG_ALPHA = -5.0  # that of Neklyudov et al., "Variance networks"
 _HALF = (torch.bfloat16, torch.float16)
@@ -30,10 +31,12 @@ class LRTLinear(StochasticLayer, nn.Linear):
             ``init_log_alpha`` and the latter is the log of the squared weights that ``nn.Linear`` would start with.
 
     ``log_alpha`` and ``log_sigma2`` are float32 also in half-precision models (float64 in float64 ones) and stay so
-    under ``.half()`` and ``.to(dtype)``. A plain ``nn.Linear``'s state_dict loads with ``strict=False``.
+    under ``.half()`` and ``.to(dtype)``. A plain ``nn.Linear``'s state_dict loads with ``strict=False``; "variance"
+    takes only the bias from it, so load the plain model first and convert it with ``lsf.to_lrt``.
 
     Raises:
-        ValueError: unknown parameterization, or an initial value that the parameterization does not have.
+        TypeError: an initial value is no real number.
+        ValueError: unknown parameterization, or an initial value that it does not have or that is not finite.
     """
 
     def __init__(
@@ -110,18 +113,21 @@ class LRTLinear(StochasticLayer, nn.Linear):
 
     def _mean(self, input: torch.Tensor) -> torch.Tensor:
         weight, bias = self.weight, self.bias
+        _check_activations(input)
+        if weight is None:
+            return self._mean_without_weight(input)
         if input.dtype in _HALF:  # float32 parameters beside half-precision activations, as in lrt_linear
-            weight = weight if weight is None else weight.to(input.dtype)
+            weight = weight.to(input.dtype)
             bias = bias if bias is None else bias.to(input.dtype)
-        if weight is not None:
-            return F.linear(input, weight, bias)
-        if input.dim() == 0 or input.shape[-1] != self.in_features:
-            raise ValueError(f"LRTLinear: input must be [..., {self.in_features}], got {tuple(input.shape)}")
+        return F.linear(input, weight, bias)
+
+    def _mean_without_weight(self, input: torch.Tensor) -> torch.Tensor:
         device = input.device.type
-        autocast = torch.is_autocast_enabled(device) and input.dtype != torch.float64
-        dtype = torch.get_autocast_dtype(device) if autocast else input.dtype
-        out = input.new_zeros(*input.shape[:-1], self.out_features, dtype=dtype)
-        return out if bias is None else out + bias.to(dtype)
+        if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
+            input = input.to(torch.get_autocast_dtype(device))
+        _check_parameters(input, None, self.scale, self.bias, self.parameterization)  # nothing else would complain
+        out = input.new_zeros(*input.shape[:-1], self.out_features)
+        return out if self.bias is None else out + self.bias.to(input.dtype)
 
     def kl(self, prior: str = "log_uniform", *, exact: bool = True, prior_std: float = 1.0) -> torch.Tensor:
         """KL divergence of this layer's weights from their prior, a scalar; see ``lsf.kl_divergence``."""
@@ -159,6 +165,13 @@ def check_parameterization(
         raise ValueError(f"{caller}: init_log_alpha has no meaning for 'variance'; give init_log_sigma2")
     if init_log_sigma2 is not None and init_log_alpha is not None:
         raise ValueError(f"{caller}: give init_log_sigma2 or init_log_alpha, not both")
+    for name, value in (("init_log_sigma2", init_log_sigma2), ("init_log_alpha", init_log_alpha)):
+        if value is None:
+            continue
+        if not isinstance(value, Real) or isinstance(value, bool):
+            raise TypeError(f"{caller}: {name} must be a real number, got {type(value).__name__}")
+        if not abs(value) <= torch.finfo(torch.float32).max:  # NaN neither
+            raise ValueError(f"{caller}: {name} must be a finite float32 number, got {value}")
 
 
 @torch.no_grad()
@@ -167,12 +180,12 @@ def initial_scale(
 ) -> torch.Tensor:
     """First value of ``log_alpha`` or ``log_sigma2`` for mean weights ``[O, I]``, in float32 (float64 for float64)."""
     wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    log_alpha = INIT_LOG_ALPHA if init_log_alpha is None else init_log_alpha
+    log_alpha = INIT_LOG_ALPHA if init_log_alpha is None else float(init_log_alpha)
     shape = {"layer": (1,), "neuron": weight.shape[:1]}.get(parameterization, weight.shape)
     if parameterization in ("layer", "neuron", "weight"):
         return wide.new_full(shape, log_alpha)
     if init_log_sigma2 is not None:
-        return wide.new_full(shape, init_log_sigma2)
+        return wide.new_full(shape, float(init_log_sigma2))
     square = wide.square()
     if parameterization == "additive":
         square = square.mean().expand(shape)
