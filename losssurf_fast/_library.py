@@ -139,18 +139,27 @@ def kernel_for(op: str, device: str | torch.device = "cpu") -> str:
     Returns one line such as ``"C++ (avx512)"``, ``"Triton"`` or ``"reference (plain torch): <why>"``.
 
     Raises:
-        ValueError: ``op`` is not an operator of this package.
+        TypeError: ``op`` is not a string, or ``device`` neither a string nor a torch.device.
+        ValueError: ``op`` is not an operator of this package, or nothing is computed on ``device``.
     """
+    if not isinstance(op, str):
+        raise TypeError(f"kernel_for: op must be an operator's name, got {type(op).__name__}")
+    if not isinstance(device, str | torch.device):
+        raise TypeError(f"kernel_for: device must be a string or a torch.device, got {type(device).__name__}")
     name = op.removeprefix(f"{NAMESPACE}::")
-    device = torch.device(device).type
     if name not in OPERATORS:
         raise ValueError(f"kernel_for: op must be one of {', '.join(OPERATORS)}, got {op!r}")
-    if (name, device) in _attached:
-        return _attached[name, device]
-    if torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", device.upper()):
-        if device == "cpu":
+    try:
+        kind = torch.device(device).type
+        compiled = torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", kind.upper())
+    except RuntimeError:  # no such device, or one without computation such as "meta"
+        raise ValueError(f"kernel_for: device must be one that computes, as 'cpu' or 'cuda', got {device!r}") from None
+    if (name, kind) in _attached:
+        return _attached[name, kind]
+    if compiled:
+        if kind == "cpu":
             from losssurf_fast import _C
 
             return f"C++ ({_C.instruction_set()})"
         return "CUDA C++"
-    return f"reference (plain torch): {_missing.get(device, f'no kernel for {device} is written')}"
+    return f"reference (plain torch): {_missing.get(kind, f'no kernel for {kind} is written')}"
