@@ -130,26 +130,40 @@ def measure(families: Sequence[str], threads: int, budget: str, device: str):
         raise RuntimeError(f"benchmarks: measuring with {threads} thread(s) ended with status {child.returncode}")
 
 
+def _device(text: str) -> str:
+    import torch
+
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", text):
+        raise argparse.ArgumentTypeError(f"must be cpu or cuda, got {text!r}")
+    if text != "cpu" and int(text.partition(":")[2] or 0) >= torch.cuda.device_count():
+        raise argparse.ArgumentTypeError(f"{text} is not there, torch sees {torch.cuda.device_count()} CUDA devices")
+    return text
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="bench", description="Measure the operators against what they replace.")
     parser.add_argument("--only", metavar="FAMILY,...", help="measure these families alone")
     parser.add_argument("--quick", action="store_true", help="the headline cases alone, about three minutes")
     parser.add_argument("--dry", action="store_true", help="every case at a tiny size, one round: checks, not figures")
     parser.add_argument("--threads", default="1,2", metavar="N,...", help="thread counts to measure (default 1,2)")
-    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--device", type=_device, default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--out", type=Path, metavar="FILE", help="JSON lines to append to; by default the machine's")
     parser.add_argument("--no-gate", action="store_true", help="do not run the family's tests first")
     arguments = parser.parse_args(argv)
-    try:
-        arguments.threads = [int(n) for n in arguments.threads.split(",")]
-        if min(arguments.threads) < 1:
-            raise ValueError
-    except ValueError:
+    counts = arguments.threads.split(",")
+    if not all(n.isdecimal() and int(n) > 0 for n in counts):
         parser.error(f"--threads must be positive whole numbers separated by commas, got {arguments.threads!r}")
+    arguments.threads = [int(n) for n in counts]
     try:
         arguments.families = cases.families(arguments.only.split(",") if arguments.only else None)
     except ValueError as error:
         parser.error(str(error))
+    if arguments.out:
+        try:  # now, not when minutes of measuring are to be saved
+            arguments.out.parent.mkdir(parents=True, exist_ok=True)
+            arguments.out.open("a").close()
+        except OSError as error:
+            parser.error(f"--out {arguments.out} cannot be written to: {error.strerror}")
     return arguments
 
 

@@ -11,6 +11,7 @@ import losssurf_fast
 def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(prog="python -m losssurf_fast", description=losssurf_fast.__doc__)
+    parser.add_argument("--version", action="version", version=f"losssurf_fast {losssurf_fast.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="demo | bench | doctor")
     demo = commands.add_parser("demo", help="a variance network learns handwritten digits")
     commands.add_parser("bench", help="time every operator against eager PyTorch", add_help=False)

@@ -40,6 +40,27 @@ def raise_not_found(name):
     raise doctor.importlib.metadata.PackageNotFoundError(name)
 
 
+def test_version(capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == f"losssurf_fast {lsf.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((None,), TypeError, "kernel_for: op must be an operator's name, got NoneType"),
+        (("lrt_linear", None), TypeError, "kernel_for: device must be a string or a torch.device, got NoneType"),
+        (("lrt_linear", "meta"), ValueError, "kernel_for: device must be one that computes, .* got 'meta'"),
+        (("lrt_linear", "bogus"), ValueError, "kernel_for: device must be one that computes, .* got 'bogus'"),
+    ],
+)
+def test_kernel_for_names_what_is_wrong(arguments, error, message):
+    with pytest.raises(error, match=message):
+        lsf.kernel_for(*arguments)
+
+
 def test_bench_needs_a_checkout(monkeypatch, tmp_path):
     monkeypatch.setattr(lsf, "__file__", str(tmp_path / "losssurf_fast" / "__init__.py"))
     with pytest.raises(SystemExit, match="part of the source tree"):
@@ -67,8 +88,13 @@ def test_bench_passes_its_arguments_on(monkeypatch, tmp_path):
         (["dance"], "invalid choice: 'dance'"),
         (["doctor", "--fast"], "unrecognized arguments: --fast"),
         (["demo", "--data", "cifar"], "invalid choice: 'cifar'"),
-        (["demo", "--epochs", "0"], "argument --epochs: must be at least 1, got 0"),
-        (["demo", "--epochs", "many"], "argument --epochs: invalid"),
+        (["demo", "--epochs", "0"], "argument --epochs: must be a whole number of at least 1, got '0'"),
+        (["demo", "--epochs", "many"], "argument --epochs: must be a whole number of at least 1, got 'many'"),
+        (["demo", "--seed", str(2**64)], "argument --seed: must be a whole number from 0 to 2^63 - 1, got '1844"),
+        (["bench", "--threads", "0"], "--threads must be positive whole numbers separated by commas, got '0'"),
+        (["bench", "--device", "bogus"], "argument --device: must be cpu or cuda, got 'bogus'"),
+        (["bench", "--device", "cuda:99"], "argument --device: cuda:99 is not there"),
+        (["bench", "--out", "/proc/no/rows"], "--out /proc/no/rows cannot be written to"),
     ],
 )
 def test_bad_arguments(argv, message, capsys):

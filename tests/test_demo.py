@@ -159,9 +159,17 @@ def test_demo_without_matplotlib(monkeypatch):
         demo.run(argparse.Namespace())
 
 
-def test_unusable_output_folder(tmp_path):
+def test_unusable_output_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "train", None)  # found out before any training
     (tmp_path / "file").write_text("")
+    (tmp_path / "out" / "table.png").mkdir(parents=True)
     parser = argparse.ArgumentParser()
     demo.add_arguments(parser)
-    with pytest.raises(SystemExit, match=r"--out .* cannot be made"):
-        demo.run(parser.parse_args(["--out", str(tmp_path / "file")]))
+    for out, message in (
+        (tmp_path / "file", "--out must be a folder, .*file is none"),
+        (tmp_path / "file" / "below", "--out must be a folder, .*below is none"),
+        (tmp_path / "out", "table.png in --out .*out must be a file, it is a folder"),
+        ("/proc/no/folder", "--out /proc/no/folder cannot be made: No such file"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            demo.run(parser.parse_args(["--out", str(out)]))

@@ -26,15 +26,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--root", metavar="DIR", help="where MNIST lies or goes")
     parser.add_argument("--out", metavar="DIR", default="demo_output", help="folder for the pictures [%(default)s]")
     parser.add_argument("--epochs", type=_positive, metavar="N", help="[100 for digits, 5 for mnist]")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of initial weights and noise [%(default)s]")
-    parser.add_argument("--quick", action="store_true", help="a few epochs, to see that it runs")
+    parser.add_argument("--seed", type=_seed, default=0, metavar="N", help="of initial weights and noise [%(default)s]")
+    parser.add_argument("--quick", action="store_true", help="at most 2 epochs, to see that it runs")
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 0 to 2^63 - 1, got {text!r}")
+    return int(text)
 
 
 @contextlib.contextmanager
@@ -53,10 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
     if importlib.util.find_spec("matplotlib") is None:
         raise SystemExit("demo: needs matplotlib for its pictures; pip install matplotlib")
     out = Path(arguments.out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SystemExit(f"demo: --out {out} cannot be made: {error.strerror}") from error
+    report.prepare_folder(out)
     data = load(arguments.data, arguments.root)
     epochs = arguments.epochs or {"digits": 100, "mnist": 5}[data.name]
     blocks, steps = (2, 2) if arguments.quick else (20, 5)

@@ -10,6 +10,7 @@ import torch
 from losssurf_fast.demo.data import Data
 from losssurf_fast.demo.train import Result
 
+PICTURES = ("table.png", "training.png", "weights.png")
 COLUMNS = ("network", "ELBO", "stoch.", "determ.", "ensemble")
 
 
@@ -33,19 +34,38 @@ def table(results: list[Result]) -> str:
     return "\n".join([line(*COLUMNS), "-" * 52, *(line(*row) for row in rows(results))])
 
 
+def prepare_folder(folder: Path) -> None:
+    """Make ``folder``, so that nothing is in the way of the pictures once the training is done.
+
+    Raises:
+        SystemExit: the pictures cannot be saved there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise SystemExit(f"demo: --out must be a folder, {folder} is none") from None
+    except OSError as error:
+        raise SystemExit(f"demo: --out {folder} cannot be made: {error.strerror}") from None
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise SystemExit(f"demo: --out {folder} cannot be written to")
+    for name in PICTURES:
+        if (folder / name).is_dir():
+            raise SystemExit(f"demo: {name} in --out {folder} must be a file, it is a folder")
+
+
 def save_pictures(folder: Path, results: list[Result], variance_network, data: Data) -> list[Path]:
-    """table.png, training.png and weights.png; a picture appears only when it is complete."""
+    """Save :data:`PICTURES` and return their paths; a picture appears only when it is complete."""
     import matplotlib
 
     matplotlib.use("Agg")
     folder.mkdir(parents=True, exist_ok=True)
-    figures = {
-        "table.png": _table_figure(results, data.name),
-        "training.png": _training_figure(results, data.chance()),
-        "weights.png": _weights_figure(variance_network, data),
-    }
+    figures = (
+        _table_figure(results, data.name),
+        _training_figure(results, data.chance()),
+        _weights_figure(variance_network, data),
+    )
     paths = []
-    for name, figure in figures.items():
+    for name, figure in zip(PICTURES, figures, strict=True):
         paths.append(folder / name)
         save_atomically(figure, paths[-1])
     return paths
