@@ -4,11 +4,13 @@
 
 namespace {
 
-// ln(x) for normal x > 0, within 1.5 units in the last place or 5e-8: x = 2^n (1 + f), f in [-1/4, 1/2),
+// ln(x) for x > 0, within 1.5 units in the last place or 5e-8: x = 2^n (1 + f), f in [-1/4, 1/2),
 // ln(1 + f) = f - f^2 / 2 + f^3 P(f) with P minimax (Remez).
 template <class F> LSF_INLINE F logarithm(F x) {
+  const auto subnormal = x < constant<F>(0x1p-126f);
   F mantissa, exponent;
-  split_exponent(x, mantissa, exponent);
+  split_exponent(subnormal ? x * constant<F>(0x1p24f) : x, mantissa, exponent);
+  exponent = subnormal ? exponent - constant<F>(24.0f) : exponent;
   const F f = mantissa - constant<F>(1.0f);  // exact (Sterbenz)
   F p = constant<F>(0.05357204005122185f);
   p = fused_mul_add(p, f, constant<F>(-0.11968647688627243f));

@@ -94,18 +94,20 @@ template <class F> LSF_INLINE F weight_slope(F weight, F slope) {
   return weight == constant<F>(0.0f) ? constant<F>(0.0f) : constant<F>(-2.0f) * slope / weight;
 }
 
-// KL(N(weight, exp(log_sigma2)) || N(0, 1 / precision)), log_variance = -ln precision; slope to log_sigma2.
-// With x = log_sigma2 - log_variance:  KL = (exp(x) - 1 - x + precision weight^2) / 2,  slope = (exp(x) - 1) / 2.
+// KL(N(weight, exp(log_sigma2)) || N(0, p^2)), inverse_std = 1 / p, log_variance = 2 ln p; slope to log_sigma2.
+// With x = log_sigma2 - log_variance:  KL = (exp(x) - 1 - x + (weight / p)^2) / 2,  slope = (exp(x) - 1) / 2.
 template <class F, class U>
-LSF_INLINE KLTerm<F> kl_normal(F weight, F log_sigma2, F precision, F log_variance) {
-  const F half = constant<F>(0.5f), x = log_sigma2 - log_variance;
-  const ExpParts<F> e = exp_parts(minimum(constant<F>(89.0f), maximum(constant<F>(-87.0f), x)));
+LSF_INLINE KLTerm<F> kl_normal(F weight, F log_sigma2, F inverse_std, F log_variance) {
+  const F half = constant<F>(0.5f), largest = constant<F>(89.0f), x = log_sigma2 - log_variance;
+  const ExpParts<F> e = exp_parts(minimum(largest, maximum(constant<F>(-87.0f), x)));
   // Halves of exp(x) - 1 = h r^2 p + (h r + (h - 1/2)), h = 2^(n-1). Near x = 0, h = 1/2 and r = x, so that what is
   // left after subtracting x / 2 has no rounding error.
   const F h = float_of((bits_of(e.shifted) << 23) + 0x3F000000u);  // n >= -126: at -127 the sum would turn negative
-  const F tail = h * (e.r * e.r) * e.p, line = fused_mul_add(h, e.r, h - half);
+  const F tail = h * (e.r * e.r) * e.p;
+  const F line = x > largest ? constant<F>(INFINITY) : fused_mul_add(h, e.r, h - half);
   const F spread = fused_mul_add(half, -x, line) + tail;
-  return {fused_mul_add(half * weight * weight, precision, spread), line + tail};
+  const F scaled = weight * inverse_std;
+  return {fused_mul_add(half * scaled, scaled, spread), line + tail};
 }
 
 }  // namespace

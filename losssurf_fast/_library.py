@@ -118,11 +118,6 @@ def second_order(formula, inputs, grad, outgoing):
     return tuple(None if t is None else by_input[t] for t in (grad, *inputs))
 
 
-def saved_memory_is_free() -> bool:
-    """Whether autograd frees what the running backward's forward has saved, so that it may be overwritten."""
-    return not torch._C._autograd._get_current_graph_task_keep_graph()
-
-
 @contextlib.contextmanager
 def device_guard(tensor: torch.Tensor):
     """Make ``tensor``'s GPU current for a launch; nothing to do elsewhere (the Triton interpreter)."""

@@ -1,6 +1,7 @@
 """The evidence lower bound of a stochastic model: the KL divergence of its weights, and the loss to minimise."""
 
 import functools
+import numbers
 
 import torch
 from torch import nn
@@ -33,10 +34,13 @@ def kl_divergence(
         0-d float32 tensor, float64 for float64 parameters.
 
     Raises:
-        TypeError, ValueError: not a module, unknown prior, or a model without such layers.
+        TypeError, ValueError: not a module, unknown prior, a prior_std that is no positive number, or a model without
+            such layers.
     """
     if prior not in PRIORS:
         raise ValueError(f"kl_divergence: prior must be one of {PRIORS}, got {prior!r}")
+    if isinstance(prior_std, bool) or not isinstance(prior_std, int | float):
+        raise TypeError(f"kl_divergence: prior_std must be a number, got {type(prior_std).__name__}")
     if not prior_std > 0:
         raise ValueError(f"kl_divergence: prior_std must be positive, got {prior_std}")
     layers = [m for m in stochastic_layers(model, "kl_divergence") if isinstance(m, LRTLinear)]
@@ -102,7 +106,9 @@ class ELBOLoss(nn.Module):
         prior_std: float = 1.0,
     ) -> None:
         super().__init__()
-        if isinstance(num_data, bool) or not num_data > 0:
+        if isinstance(num_data, bool) or not isinstance(num_data, numbers.Real):
+            raise TypeError(f"ELBOLoss: num_data must be a number, got {type(num_data).__name__}")
+        if not num_data > 0:
             raise ValueError(f"ELBOLoss: num_data must be a positive number, got {num_data!r}")
         self.num_data, self.prior, self.exact, self.prior_std = num_data, prior, exact, prior_std
         self._hidden = (model,)  # in a tuple, where nn.Module does not see it

@@ -82,7 +82,7 @@ def predict(
         raise TypeError(f"predict: seed must be an int or None, got {type(seed).__name__}")
     if draws_per_call > 1 and not isinstance(x, torch.Tensor):
         raise TypeError(f"predict: draws_per_call={draws_per_call} needs a tensor x, got {type(x).__name__}")
-    with _evaluation(model), prediction(model, layer_scheme), _generator(seed, model):
+    with _evaluation(model), prediction(model, layer_scheme), _generator(seed, model, x):
         total = None
         for start in range(0, draws, draws_per_call):
             log_probs = _log_probabilities(model, x, min(draws_per_call, draws - start))
@@ -121,11 +121,16 @@ def _evaluation(model: nn.Module):
 
 
 @contextlib.contextmanager
-def _generator(seed: int | None, model: nn.Module):
+def _generator(seed: int | None, model: nn.Module, x):
+    """Seeds the generators of the CPU and of the GPUs that hold ``model`` or ``x``; restores them on leaving."""
     if seed is None:
         yield
         return
-    devices = {p.device for p in model.parameters() if p.is_cuda}
-    with torch.random.fork_rng(devices=sorted(devices, key=str)):
-        torch.manual_seed(seed)
+    tensors = [*model.parameters(), *model.buffers(), *([x] if isinstance(x, torch.Tensor) else [])]
+    gpus = sorted({t.device.index for t in tensors if t.is_cuda})
+    with torch.random.fork_rng(devices=gpus):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed every GPU
+        for gpu in gpus:
+            with torch.cuda.device(gpu):
+                torch.cuda.manual_seed(seed)
         yield

@@ -144,7 +144,7 @@ def kl_cases() -> list[Case]:
             cases += [Case(name, kl_triton._kl_kernel, pointers, constants | {"DIVERGENCE": divergence}, EXACT, 64)]
         cases += [
             Case(f"kl_scale {t}", kl_triton._kl_scale_kernel, {"slope_ptr": t, "grad_ptr": "fp32", "out_ptr": t},
-                 {"IN_PLACE": True, "BLOCK": kl_triton.ELEMENTS}, {}, 24),
+                 {"BLOCK": kl_triton.ELEMENTS}, {}, 24),
         ]  # fmt: skip
     return cases
 

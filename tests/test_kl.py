@@ -250,6 +250,43 @@ def test_kl_weight_of_zero(name, dtype):
         assert torch.isfinite(value) and all(g.isfinite().all() for g in torch.autograd.grad(value, (param, tiny)))
 
 
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+@pytest.mark.parametrize("name", PRIORS)
+def test_kl_subnormal_weights(name, isa):
+    """Below the normal numbers too, log_alpha is that of the weight and every slope is finite."""
+    op, reference, slopes_op, slopes_reference = functions(name)
+    with instruction_set(isa) as available:
+        if not available:
+            pytest.skip(f"this CPU has no {isa}")
+        for weight in (1e-45, -1e-40, 1.1754942e-38, 1.1754944e-38, 3e-38):
+            weights = [torch.tensor([weight])]
+            params = [2 * weights[0].double().abs().log().float() - 1]
+            exact, exact_slopes = slopes_reference(double(params), double(weights))
+            for value, slopes in (slopes_op(params, weights), slopes_reference(params, weights)):
+                torch.testing.assert_close(value.double(), exact, rtol=3e-5, atol=0)  # log_sigma2 has an ulp of 1.5e-5
+                torch.testing.assert_close(slopes[0].double(), exact_slopes[0], rtol=3e-5, atol=0)
+                assert slopes[1].isfinite().all() and slopes[1].sign() == -slopes[0].sign() * weights[0].sign()
+            assert op(params, weights) == slopes_op(params, weights)[0]
+    weights = [torch.tensor([5e-324], dtype=F64)]
+    for slopes in (slopes_op([2 * weights[0].log()], weights)[1], slopes_reference([2 * weights[0].log()], weights)[1]):
+        assert slopes[1] == torch.finfo(F64).max
+
+
+def test_kl_normal_under_a_narrow_prior():
+    """Infinite, not NaN, where the sum leaves fp32; right where the mean is as small as the prior is narrow."""
+    zeros = torch.zeros(70)
+    for weight in (zeros, None):
+        for prior_std in (1e-30, torch.finfo(F32).tiny):
+            assert ops.kl_normal(weight, zeros, prior_std) == math.inf
+            assert kl.kl_normal_reference([zeros], [] if weight is None else [weight], [1], prior_std) == math.inf
+            slopes = OP.kl_normal_slopes([zeros], [] if weight is None else [weight], [1], prior_std)[1]
+            assert (slopes[0] > 1e38).all() and all(s.isfinite().all() for s in slopes)
+    assert ops.kl_normal(zeros.double(), zeros.double(), 1e-30).item() == pytest.approx(35e60)
+    for prior_std in (1e-30, 1e30):
+        weight, log_sigma2 = torch.full((70,), 3 * prior_std), torch.full((70,), 2 * math.log(prior_std))
+        assert ops.kl_normal(weight, log_sigma2, prior_std).item() == pytest.approx(70 * 4.5, rel=1e-6)
+
+
 def test_kl_of_weight_is_kl_of_its_log_alpha():
     params, weights = sample((9, 40), F64, weight=True)
     log_alpha = params[0] - weights[0].square().log()
@@ -350,7 +387,7 @@ def test_kl_every_subset_of_gradients():
 
 
 def test_kl_retained_graph_and_accumulation():
-    """Gradients take the slopes' memory only when nobody can read it again."""
+    """Every backward starts from the slopes that the forward has left."""
     log_alpha = torch.randn(50, requires_grad=True)
     value = ops.kl_log_uniform(log_alpha) * 3
     first = torch.autograd.grad(value, log_alpha, retain_graph=True)[0].clone()
@@ -363,3 +400,16 @@ def test_kl_retained_graph_and_accumulation():
         ops.kl_log_uniform(log_alpha), log_alpha, torch.tensor([1.0, 3.0]), is_grads_batched=True
     )[0]
     torch.testing.assert_close(batch[1], first)
+
+
+def test_kl_backward_leaves_saved_tensors():
+    """Whoever holds them, by a hook or from the graph, sees what the forward has saved."""
+    held = []
+    log_alpha = torch.randn(50, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: held.append(t) or t, lambda t: t):
+        hooked = ops.kl_log_uniform(log_alpha) * 3
+    plain = ops.kl_log_uniform(log_alpha) * 3
+    held += plain.grad_fn.next_functions[0][0].saved_tensors
+    before = [t.detach().clone() for t in held]
+    (hooked + plain).backward()
+    assert len(held) >= 4 and all(map(torch.equal, held, before))

@@ -153,6 +153,13 @@ def test_elbo_loss_lets_a_network_learn():
             "prior_std must be positive, got 0",
         ),
         (lambda: lsf.kl_divergence(None), TypeError, "kl_divergence: model must be a torch.nn.Module, got NoneType"),
+        (
+            lambda: lsf.kl_divergence(net("layer"), prior_std="a"),
+            TypeError,
+            "kl_divergence: prior_std must be a number, got str",
+        ),
+        (lambda: lsf.ELBOLoss(net("layer"), "a"), TypeError, "ELBOLoss: num_data must be a number, got str"),
+        (lambda: lsf.ELBOLoss(net("layer"), True), TypeError, "ELBOLoss: num_data must be a number, got bool"),
         (lambda: lsf.ELBOLoss(net("layer"), 0), ValueError, "num_data must be a positive number, got 0"),
         (lambda: lsf.ELBOLoss(nn.ReLU(), 10), ValueError, "ReLU has no stochastic layers"),
     ],

@@ -92,6 +92,14 @@ def test_predict_ensemble_is_the_mean_of_softmax():
     assert not torch.equal(one, lsf.predict(model, x, "stochastic", seed=4))
 
 
+def test_predict_seed_leaves_generators_of_unused_gpus(monkeypatch):
+    seeded = []
+    for name in ("manual_seed", "manual_seed_all"):
+        monkeypatch.setattr(torch.cuda, name, seeded.append)
+    lsf.predict(net(), torch.randn(5, 6), num_samples=3, seed=1)
+    assert seeded == []
+
+
 def test_predict_seed_leaves_the_generator():
     model, x = net(), torch.randn(5, 6)
     state = torch.random.get_rng_state()

@@ -54,9 +54,9 @@ enum class Map {
 // The divergences of ops/kl.py. in[0] is log_alpha, or log_sigma2 where in[1], the weight, is there.
 enum class KL { log_uniform, log_uniform_approximate, ard, normal };
 
-// N(0, 1 / precision), for KL::normal
+// N(0, exp(log_variance)), for KL::normal
 struct Prior {
-  float precision, log_variance;
+  float inverse_std, log_variance;
 };
 
 struct Kernels {

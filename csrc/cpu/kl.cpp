@@ -69,15 +69,16 @@ double kl_sum_double(KL kind, double prior_std, int64_t n, const double* param, 
     Term term;
     double to_weight;
     if (kind == KL::normal) {
-      const double x = param[i] - 2 * std::log(prior_std), precision = 1 / (prior_std * prior_std);
-      term = {0.5 * (std::expm1(x) - x + w * w * precision), 0.5 * std::expm1(x)};
-      to_weight = w * precision;
+      const double x = param[i] - 2 * std::log(prior_std), scaled = w / prior_std;
+      term = {0.5 * (std::expm1(x) - x + scaled * scaled), 0.5 * std::expm1(x)};
+      to_weight = scaled / prior_std;
     } else {
       const double log_alpha = weight ? param[i] - 2 * std::log(std::abs(w)) : param[i];
       term = kind == KL::ard           ? ard(log_alpha)
              : kind == KL::log_uniform ? log_uniform(log_alpha)
                                        : log_uniform_approximate(log_alpha);
-      to_weight = w == 0 ? 0 : -2 * term.slope / w;
+      constexpr double kLimit = std::numeric_limits<double>::max();
+      to_weight = w == 0 ? 0 : std::clamp(-2 * term.slope / w, -kLimit, kLimit);
     }
     sum += term.value;
     if (slope) slope[i] = term.slope;
@@ -128,7 +129,7 @@ std::tuple<Tensor, Slopes> kl_forward(KL kind, double prior_std, at::TensorList 
   const std::vector<Chunk> chunks = chunks_of(params);
   std::vector<double> sums(chunks.size());
   const auto kernel = kernels().kl_sum;
-  const Prior prior{static_cast<float>(1 / (prior_std * prior_std)), static_cast<float>(2 * std::log(prior_std))};
+  const Prior prior{static_cast<float>(1 / prior_std), static_cast<float>(2 * std::log(prior_std))};
   for_chunks(chunks, [&](Chunk chunk, int64_t i) {
     const auto [index, begin, n] = chunk;
     if (params[index].scalar_type() == at::kDouble) {
@@ -178,15 +179,13 @@ std::tuple<Tensor, Slopes> kl_normal_slopes_cpu(at::TensorList log_sigma2, at::T
   return kl_forward(KL::normal, prior_std, log_sigma2, weight, counts, true);
 }
 
-// out[i] = slopes[i] grad counts[i], all contiguous; out may be slopes.
+// out[i] = slopes[i] grad counts[i], all contiguous.
 void scale(at::TensorList slopes, const Tensor& grad, at::IntArrayRef counts, at::TensorList out) {
   const double factor = grad.item<double>();
-  const bool in_place = out.data() == slopes.data();
   const auto kernel = kernels().kl_scale;
   for_chunks(chunks_of(slopes), [&](Chunk chunk, int64_t) {
     const auto [index, begin, n] = chunk;
     const double scale = factor * counts[index];
-    if (in_place && scale == 1) return;
     if (slopes[index].scalar_type() == at::kDouble) {
       const double* in = slopes[index].const_data_ptr<double>() + begin;
       std::transform(in, in + n, out[index].data_ptr<double>() + begin, [=](double x) { return scale * x; });
@@ -206,14 +205,6 @@ std::vector<Tensor> kl_backward_cpu(at::TensorList slopes_in, const Tensor& grad
   return grads;
 }
 
-void kl_backward__cpu(at::TensorList slopes, const Tensor& grad, at::IntArrayRef counts) {
-  const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  const Slopes dense = contiguous(slopes);
-  scale(dense, grad, counts, dense);
-  for (size_t i = 0; i < slopes.size(); ++i)
-    if (!dense[i].is_same(slopes[i])) slopes[i].copy_(dense[i]);
-}
-
 }  // namespace
 }  // namespace losssurf
 
@@ -225,5 +216,4 @@ TORCH_LIBRARY_IMPL(losssurf_fast, CPU, m) {
   m.impl("kl_normal", &losssurf::kl_normal_cpu);
   m.impl("kl_normal_slopes", &losssurf::kl_normal_slopes_cpu);
   m.impl("kl_backward", &losssurf::kl_backward_cpu);
-  m.impl("kl_backward_", &losssurf::kl_backward__cpu);
 }

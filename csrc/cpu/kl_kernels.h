@@ -90,16 +90,18 @@ LSF_INLINE double sum_of(int64_t n, const Array* in, const Array* slopes) {
 }
 
 LSF_INLINE double sum_of_normal(Prior prior, int64_t n, const Array* in, const Array* slopes) {
-  const Floats precision = splat(prior.precision), log_variance = splat(prior.log_variance);
+  const Floats inverse_std = splat(prior.inverse_std), log_variance = splat(prior.log_variance);
   const DType dtype = slopes ? slopes[0].dtype : DType::f32;
   if (!in[1].data)
     return sum_and_slopes<1>(n, in, slopes, [=](const Floats* x, Floats* y) {
-      const KLTerm<Floats> term = kl_normal<Floats, Words>(splat(0.0f), x[0], precision, log_variance);
+      const KLTerm<Floats> term = kl_normal<Floats, Words>(splat(0.0f), x[0], inverse_std, log_variance);
       y[0] = term.value, y[1] = saturate(term.slope, dtype);
     });
+  const DType weight_dtype = slopes ? slopes[1].dtype : DType::f32;
   return sum_and_slopes<2>(n, in, slopes, [=](const Floats* x, Floats* y) {
-    const KLTerm<Floats> term = kl_normal<Floats, Words>(x[1], x[0], precision, log_variance);
-    y[0] = term.value, y[1] = saturate(term.slope, dtype), y[2] = x[1] * precision;
+    const KLTerm<Floats> term = kl_normal<Floats, Words>(x[1], x[0], inverse_std, log_variance);
+    y[0] = term.value, y[1] = saturate(term.slope, dtype);
+    y[2] = saturate(x[1] * inverse_std * inverse_std, weight_dtype);
   });
 }
 

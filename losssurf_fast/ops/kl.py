@@ -17,14 +17,14 @@ exact KL has Dawson's function for its derivative: Hron, Matthews and Ghahramani
 
 Numerics: per weight and inside chunks of 2048 in fp32 (fp64 for fp64), chunks are added in fp64 in order, so the result
 does not depend on threads. The pass leaves one slope per parameter element, in the parameter's dtype; backward
-multiplies by the incoming gradient and by how many weights an element of log_alpha covers, rounded once more, in place
-unless the graph is kept, and not at all where the factor is 1.
+multiplies by the incoming gradient and by how many weights an element of log_alpha covers, rounded once more.
 
 Floors, per weight: 8 bytes in fp32 (read the parameter, write its slope; 16 with ``weight``), the scaling in backward 8
 more; 33 multiply-adds, 15 selections and 15 other steps for the exact KL with its slope.
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -32,13 +32,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from losssurf_fast._library import (
-    composite_backward,
-    composite_needed,
-    define,
-    register_autograd_kernel,
-    saved_memory_is_free,
-)
+from losssurf_fast._library import composite_backward, composite_needed, define, register_autograd_kernel
 
 KL_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 K1, K2, K3 = 0.63576, 1.8732, 1.48695
@@ -103,10 +97,12 @@ def _of_weight(term, log_sigma2, weight):
     log_sigma2, weight = _wide(log_sigma2), _wide(weight)
     zero = weight == 0
     log_alpha = torch.where(zero, math.inf, log_sigma2 - 2 * torch.where(zero, 1.0, weight).abs().log())
-    # From the weight itself, so that the value is twice differentiable at 0; the clamp keeps 0 exp(...) from 0 inf.
-    least = -1.9 * math.log(torch.finfo(log_sigma2.dtype).max)
+    # From the weight itself, so that the value is twice differentiable at 0; the clamp keeps 0 exp(...) from 0 inf, and
+    # two factors reach the smallest weights.
+    least = -3.9 * math.log(torch.finfo(log_sigma2.dtype).max)
     near = torch.where(log_alpha < FAR, 0.0, weight)
-    value, slope = term(log_alpha, (near * torch.exp(-0.5 * log_sigma2.clamp(min=least))).square())
+    factor = torch.exp(-0.25 * log_sigma2.clamp(min=least))
+    value, slope = term(log_alpha, (near * factor * factor).square())
     return value.sum(), [slope, torch.where(zero, 0.0, -2 * slope / torch.where(zero, 1.0, weight))]
 
 
@@ -114,13 +110,20 @@ def _result_dtype(params) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in params) else torch.float32
 
 
-def _collect(params, counts, parts):
-    """(sum of counts[i] value_i, slopes to params then weights) of the (value, slopes) of each tensor."""
+def _collect(params, weights, counts, parts):
+    """(sum of counts[i] value_i, slopes to params then weights) of the (value, slopes) of each tensor.
+
+    The slopes are in the dtypes of params and weights, within their finite numbers.
+    """
     total, slopes = params[0].new_zeros((), dtype=_result_dtype(params)), []
     for (value, slope), count in zip(parts, counts, strict=True):
         total = total + count * value
         slopes.append(slope)
-    return total, [slope for slopes_of_input in zip(*slopes, strict=True) for slope in slopes_of_input]
+    rounded = []
+    for slope, t in zip(itertools.chain(*zip(*slopes, strict=True)), (*params, *weights), strict=True):
+        limit = torch.finfo(t.dtype).max
+        rounded.append(slope.clamp(-limit, limit).to(t.dtype).contiguous())
+    return total, rounded
 
 
 def _log_alpha_result(term, log_alpha, weight, counts):
@@ -128,17 +131,7 @@ def _log_alpha_result(term, log_alpha, weight, counts):
         parts = [_of_weight(term, s, w) for s, w in zip(log_alpha, weight, strict=True)]
     else:
         parts = [_of_log_alpha(term, t) for t in log_alpha]
-    return _collect(log_alpha, counts, parts)
-
-
-def _rounded(result, params, weights):
-    """Slopes as the operators return them: in the parameters' dtypes, within their finite numbers."""
-    value, slopes = result
-    rounded = []
-    for slope, t in zip(slopes, (*params, *weights), strict=True):
-        limit = torch.finfo(t.dtype).max
-        rounded.append(slope.clamp(-limit, limit).to(t.dtype).contiguous())
-    return value, rounded
+    return _collect(log_alpha, weight, counts, parts)
 
 
 # ---- operators ------------------------------------------------------------------------------------------------------
@@ -148,11 +141,27 @@ def _rounded(result, params, weights):
 # dKL / dlog_alpha of one weight for each element of log_alpha, then those to the weights.
 
 
-def _log_uniform_result(log_alpha, weight, counts, exact):
+def kl_log_uniform_reference(log_alpha, weight, counts, exact):
+    return kl_log_uniform_slopes_reference(log_alpha, weight, counts, exact)[0]
+
+
+def kl_log_uniform_slopes_reference(log_alpha, weight, counts, exact):
     return _log_alpha_result(_log_uniform if exact else _log_uniform_approximate, log_alpha, weight, counts)
 
 
-def _normal_result(log_sigma2, weight, counts, prior_std):
+def kl_ard_reference(log_alpha, weight, counts):
+    return kl_ard_slopes_reference(log_alpha, weight, counts)[0]
+
+
+def kl_ard_slopes_reference(log_alpha, weight, counts):
+    return _log_alpha_result(_ard, log_alpha, weight, counts)
+
+
+def kl_normal_reference(log_sigma2, weight, counts, prior_std):
+    return kl_normal_slopes_reference(log_sigma2, weight, counts, prior_std)[0]
+
+
+def kl_normal_slopes_reference(log_sigma2, weight, counts, prior_std):
     def part(log_sigma2, weight=None):
         x = _wide(log_sigma2) - 2 * math.log(prior_std)
         growth = torch.expm1(x)
@@ -161,7 +170,8 @@ def _normal_result(log_sigma2, weight, counts, prior_std):
         scaled = _wide(weight) / prior_std
         return 0.5 * (growth - x + scaled.square()).sum(), [0.5 * growth, scaled / prior_std]
 
-    return _collect(log_sigma2, counts, map(part, log_sigma2, weight) if weight else map(part, log_sigma2))
+    parts = map(part, log_sigma2, weight) if weight else map(part, log_sigma2)
+    return _collect(log_sigma2, weight, counts, parts)
 
 
 def kl_backward_reference(slopes, grad, counts):
@@ -169,38 +179,24 @@ def kl_backward_reference(slopes, grad, counts):
     return [(_wide(s) * (grad * count)).to(s.dtype) for s, count in zip(slopes, counts, strict=True)]
 
 
-def kl_backward__reference(slopes, grad, counts):
-    """kl_backward in place."""
-    for slope, result in zip(slopes, kl_backward_reference(slopes, grad, counts), strict=True):
-        slope.copy_(result)
-
-
 define(
     "kl_backward(Tensor[] slopes, Tensor grad, SymInt[] counts) -> Tensor[]",
     reference=kl_backward_reference,
     fake=lambda slopes, grad, counts: [s.new_empty(s.shape) for s in slopes],
 )
-define(
-    "kl_backward_(Tensor(a!)[] slopes, Tensor grad, SymInt[] counts) -> ()",
-    reference=kl_backward__reference,
-    fake=lambda slopes, grad, counts: None,
-)
 
 
 def _scale(slopes, grad, counts):
-    """Gradients from slopes that this backward alone can see."""
+    """kl_backward, also where its kernel cannot be called."""
     if type(grad) is not torch.Tensor:  # a tracer's
         return torch.ops.losssurf_fast.kl_backward.default(slopes, grad, counts)
     if composite_needed() or torch._C._functorch.is_legacy_batchedtensor(grad):  # a batch of gradients
         return kl_backward_reference(slopes, grad, counts)
-    if saved_memory_is_free():
-        torch.ops.losssurf_fast.kl_backward_.default(slopes, grad, counts)
-        return slopes
     return torch.ops.losssurf_fast.kl_backward.default(slopes, grad, counts)
 
 
 class _Divergence(torch.autograd.Function):
-    """Keeps the slopes of the forward pass for backward; an operator's own outputs could not be overwritten there."""
+    """Keeps the slopes of the forward pass for backward, which the caller of the operator does not see."""
 
     @staticmethod
     def forward(ctx, slopes_op, reference, num_params, counts, options, *tensors):
@@ -225,15 +221,8 @@ class _Divergence(torch.autograd.Function):
         return *others, *(next(found) if need else None for need in needed)
 
 
-def _define(name: str, arguments: str, result):
-    """Define `<name>` and `<name>_slopes`; returns their references, made of ``result``, which gives (sum, slopes)."""
-
-    def reference(params, weights, counts, *options):
-        return result(params, weights, counts, *options)[0]
-
-    def slopes_reference(params, weights, counts, *options):
-        return _rounded(result(params, weights, counts, *options), params, weights)
-
+def _define(name: str, arguments: str, reference, slopes_reference) -> None:
+    """Define `<name>` and `<name>_slopes`; the first is differentiated by what the second returns."""
     fake_sum = lambda params, *_: params[0].new_empty((), dtype=_result_dtype(params))
     fake_slopes = lambda params, weights: [t.new_empty(t.shape) for t in (*params, *weights)]
     define(f"{name}({arguments}) -> Tensor", reference=reference, fake=fake_sum)
@@ -246,22 +235,24 @@ def _define(name: str, arguments: str, result):
     slopes_op = getattr(torch.ops.losssurf_fast, f"{name}_slopes").default
 
     def autograd(params, weights, counts, *options):
+        if composite_needed():
+            return reference(params, weights, counts, *options)
         if torch.is_grad_enabled() and any(t.requires_grad for t in (*params, *weights)):
             return _Divergence.apply(slopes_op, reference, len(params), counts, options, *params, *weights)
         with torch._C._AutoDispatchBelowAutograd():
             return op(params, weights, counts, *options)
 
     register_autograd_kernel(name, autograd)
-    return reference, slopes_reference
 
 
 _LISTS = "Tensor[] log_alpha, Tensor[] weight, SymInt[] counts"
-kl_log_uniform_reference, kl_log_uniform_slopes_reference = _define(
-    "kl_log_uniform", f"{_LISTS}, bool exact", _log_uniform_result
-)
-kl_ard_reference, kl_ard_slopes_reference = _define("kl_ard", _LISTS, functools.partial(_log_alpha_result, _ard))
-kl_normal_reference, kl_normal_slopes_reference = _define(
-    "kl_normal", f"{_LISTS.replace('alpha', 'sigma2')}, float prior_std", _normal_result
+_define("kl_log_uniform", f"{_LISTS}, bool exact", kl_log_uniform_reference, kl_log_uniform_slopes_reference)
+_define("kl_ard", _LISTS, kl_ard_reference, kl_ard_slopes_reference)
+_define(
+    "kl_normal",
+    f"{_LISTS.replace('alpha', 'sigma2')}, float prior_std",
+    kl_normal_reference,
+    kl_normal_slopes_reference,
 )
 
 # ---- public functions -----------------------------------------------------------------------------------------------
@@ -380,17 +371,18 @@ def kl_normal(weight: Tensors | None, log_sigma2: Tensors, prior_std: float = 1.
     Args:
         weight: means, shaped as ``log_sigma2``; None for means of 0 (the "variance" parameterization).
         log_sigma2: a tensor or a list of tensors (float64, float32, bfloat16, float16).
-        prior_std: the prior's standard deviation.
+        prior_std: the prior's standard deviation, a normal number of float32.
 
     Returns:
         A 0-d tensor, float32, or float64 where a parameter is. Gradients have the parameters' dtypes.
 
     Raises:
-        TypeError, ValueError: a dtype, device, shape or length is not as above, or prior_std is not a positive number.
+        TypeError, ValueError: a dtype, device, shape, length or number is not as above.
     """
     params, weights = _check_tensors("kl_normal", "log_sigma2", log_sigma2, weight)
     if not isinstance(prior_std, int | float) or isinstance(prior_std, bool):
         raise TypeError(f"kl_normal: prior_std must be a number, got {type(prior_std).__name__}")
-    if not 0 < prior_std < math.inf:
-        raise ValueError(f"kl_normal: prior_std must be positive and finite, got {prior_std}")
+    finite = torch.finfo(torch.float32)
+    if not finite.tiny <= prior_std <= finite.max:
+        raise ValueError(f"kl_normal: prior_std must lie in [{finite.tiny:.2g}, {finite.max:.2g}], got {prior_std}")
     return _call("kl_normal", kl_normal_reference, params, weights, [1] * len(params), float(prior_std))

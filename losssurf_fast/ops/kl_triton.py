@@ -77,9 +77,11 @@ def _exponential_or_zero(x):
 
 @triton.jit
 def _logarithm(x):
-    bits = x.to(tl.uint32, bitcast=True)
+    subnormal = x < 2.0**-126
+    bits = tl.where(subnormal, x * 2.0**24, x).to(tl.uint32, bitcast=True)
     exponent = (bits - 0x3F400000).to(tl.int32, bitcast=True) >> 23  # of the mantissa in [3/4, 3/2)
     f = (bits - (exponent << 23).to(tl.uint32, bitcast=True)).to(tl.float32, bitcast=True) - 1.0
+    exponent = tl.where(subnormal, exponent - 24, exponent)
     p = tl.full(x.shape, _LOG[0], tl.float32)
     for i in tl.static_range(1, 7):
         p = tl.fma(p, f, _LOG[i])
@@ -137,13 +139,14 @@ def _log_uniform_approximate(log_alpha):
 
 
 @triton.jit
-def _normal(weight, log_sigma2, precision, log_variance):
+def _normal(weight, log_sigma2, inverse_std, log_variance):
     x = log_sigma2 - log_variance
     r, p, shifted = _exp_parts(tl.where(x < -87.0, -87.0, tl.where(x > 89.0, 89.0, x)))
     h = _power_of_two(shifted, 0x3F000000)
-    tail, line = h * (r * r) * p, tl.fma(h, r, h - 0.5)
+    tail, line = h * (r * r) * p, tl.where(x > 89.0, float("inf"), tl.fma(h, r, h - 0.5))
     spread = tl.fma(-x, 0.5, line) + tail
-    return tl.fma(0.5 * weight * weight, precision, spread), line + tail
+    scaled = weight * inverse_std
+    return tl.fma(0.5 * scaled, scaled, spread), line + tail
 
 
 # ---- sums and slopes -----------------------------------------------------------------------------------------------
@@ -164,7 +167,7 @@ def _kl_kernel(
     first,
     numel,
     count,  # weights per element
-    precision,  # of the prior of "normal"
+    inverse_std,  # of the prior of "normal"
     log_variance,
     DIVERGENCE: tl.constexpr,
     LIMIT: tl.constexpr,  # largest numbers of the slopes' dtypes
@@ -182,7 +185,7 @@ def _kl_kernel(
             log_alpha = tl.fma(_logarithm(tl.abs(weight)), -2.0, param) + (weight - weight)
             log_alpha = tl.where(weight == 0.0, float("inf"), log_alpha)
     if DIVERGENCE == "normal":
-        value, slope = _normal(weight, param, precision, log_variance)
+        value, slope = _normal(weight, param, inverse_std, log_variance)
         slope = _saturate(slope, LIMIT)
     elif DIVERGENCE == "exact":
         value, slope = _log_uniform_exact(log_alpha)
@@ -194,7 +197,7 @@ def _kl_kernel(
         tl.store(slope_ptr + offs, slope.to(slope_ptr.dtype.element_ty), mask=mask)
     if slope_weight_ptr is not None:
         if DIVERGENCE == "normal":
-            slope_weight = weight * precision
+            slope_weight = _saturate(weight * inverse_std * inverse_std, WEIGHT_LIMIT)
         else:
             slope_weight = tl.where(weight == 0.0, 0.0, _saturate(tl.div_rn(-2.0 * slope, weight), WEIGHT_LIMIT))
         tl.store(slope_weight_ptr + offs, slope_weight.to(slope_weight_ptr.dtype.element_ty), mask=mask)
@@ -207,7 +210,7 @@ def kl_pass(divergence, params, weights, counts, want_slopes, prior_std=1.0):
     slopes = [torch.empty_like(t) for t in (*params, *weights)] if want_slopes else []
     programs = [triton.cdiv(t.numel(), ELEMENTS) for t in params]
     partials = torch.empty(sum(programs), dtype=torch.float64, device=params[0].device)
-    prior = (1 / prior_std**2, 2 * math.log(prior_std))
+    prior = (1 / prior_std, 2 * math.log(prior_std))
     first = 0
     with device_guard(partials):
         for i, param in enumerate(params):
@@ -232,28 +235,16 @@ def kl_pass(divergence, params, weights, counts, want_slopes, prior_std=1.0):
 def _kl_scale_kernel(
     slope_ptr,  # [numel]
     grad_ptr,  # 0-d
-    out_ptr,  # [numel], may be slope_ptr
+    out_ptr,  # [numel]
     numel,
     count,
-    IN_PLACE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     factor = tl.load(grad_ptr).to(tl.float32) * count
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    if IN_PLACE:
-        numel = tl.where(factor == 1.0, 0, numel)  # nothing to do
     mask = offs < numel
     slope = tl.load(slope_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     tl.store(out_ptr + offs, (slope * factor).to(out_ptr.dtype.element_ty), mask=mask)
-
-
-def _scale(slopes, grad, counts, out, in_place):
-    with device_guard(grad):
-        for slope, count, result in zip(slopes, counts, out, strict=True):
-            if slope.numel() > 0:
-                _kl_scale_kernel[(triton.cdiv(slope.numel(), ELEMENTS),)](
-                    slope, grad, result, slope.numel(), float(count), IN_PLACE=in_place, BLOCK=ELEMENTS
-                )
 
 
 def kl_backward_triton(slopes, grad, counts):
@@ -261,15 +252,13 @@ def kl_backward_triton(slopes, grad, counts):
         return kl.kl_backward_reference(slopes, grad, counts)
     slopes = [s.contiguous() for s in slopes]
     out = [torch.empty_like(s) for s in slopes]
-    _scale(slopes, grad, counts, out, in_place=False)
+    with device_guard(grad):
+        for slope, count, result in zip(slopes, counts, out, strict=True):
+            if slope.numel() > 0:
+                _kl_scale_kernel[(triton.cdiv(slope.numel(), ELEMENTS),)](
+                    slope, grad, result, slope.numel(), float(count), BLOCK=ELEMENTS
+                )
     return out
-
-
-def kl_backward__triton(slopes, grad, counts):
-    if all(s.dtype != torch.float64 and s.is_contiguous() for s in slopes):
-        _scale(slopes, grad, counts, slopes, in_place=True)
-    else:
-        kl.kl_backward__reference(slopes, grad, counts)
 
 
 # ---- operators -----------------------------------------------------------------------------------------------------
@@ -306,4 +295,3 @@ _attach(
 _attach("kl_ard", lambda: ("ard", 1.0), kl.kl_ard_reference, kl.kl_ard_slopes_reference)
 _attach("kl_normal", lambda prior_std: ("normal", prior_std), kl.kl_normal_reference, kl.kl_normal_slopes_reference)
 attach("kl_backward", kl_backward_triton)
-attach("kl_backward_", kl_backward__triton)

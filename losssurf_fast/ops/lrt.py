@@ -332,10 +332,11 @@ def _check_parameters(x, weight, scale, bias, parameterization) -> None:
     matrix, matrix_name = (scale, "scale") if weight is None else (weight, "weight")
     if weight is not None:
         _check_companion(name, "weight", weight, "x", x)
-    if matrix.dim() != 2 or matrix.shape[1] != x.shape[-1]:
+    if matrix.dim() != 2:
+        raise ValueError(f"{name}: {matrix_name} must be [out_features, in_features], got {tuple(matrix.shape)}")
+    if matrix.shape[1] != x.shape[-1]:
         raise ValueError(
-            f"{name}: {matrix_name} must be [out_features, {x.shape[-1]}] for x {tuple(x.shape)}, "
-            f"got {tuple(matrix.shape)}"
+            f"{name}: x must be [..., {matrix.shape[1]}] for {matrix_name} {tuple(matrix.shape)}, got {tuple(x.shape)}"
         )
     out_features = matrix.shape[0]
     scale_shape = {"layer": (1,), "neuron": (out_features,)}.get(parameterization, tuple(matrix.shape))
