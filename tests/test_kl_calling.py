@@ -71,6 +71,19 @@ def test_kl_autocast_does_not_touch_it():
         assert torch.equal(ops.kl_log_uniform(log_alpha), functions("exact")[0]([log_alpha], []))
 
 
+def test_kl_backward_leaves_saved_tensors():
+    """Whoever holds them, by a hook or from the graph, sees what the forward has saved."""
+    held = []
+    log_alpha = torch.randn(50, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: held.append(t) or t, lambda t: t):
+        hooked = ops.kl_log_uniform(log_alpha) * 3
+    plain = ops.kl_log_uniform(log_alpha) * 3
+    held += plain.grad_fn.next_functions[0][0].saved_tensors
+    before = [t.detach().clone() for t in held]
+    (hooked + plain).backward()
+    assert len(held) >= 4 and all(map(torch.equal, held, before))
+
+
 # ---- refusals -------------------------------------------------------------------------------------------------------
 
 A, W = torch.randn(3, 4), torch.randn(3, 4)
