@@ -26,6 +26,8 @@ LEGEND = "speedup: over the fastest of eager, compiled, torch. target: over eage
 MODE = {"forward": "fwd", "backward": "bwd", "full": "fwd+bwd"}
 
 # ---- choosing rows -------------------------------------------------------------------------------------------------
+# The same in every picture.
+COLORS = {"eager": "C0", "compiled": "C1", "torch": "C2", "ours": "C3", "floor": "black"}
 
 
 def read(folder: Path = RESULTS) -> list[dict]:
@@ -246,8 +248,8 @@ def slug(device: str) -> str:
 def draw(axis, key: tuple, rows: Sequence[dict]) -> None:
     for provider, points in grouped(rows, lambda row: row["provider"]).items():
         points = sorted((math.prod(row["shape"]), row["median_ms"]) for row in points)
-        style = {"color": "black", "linestyle": ":"} if provider == "floor" else {"marker": "o"}
-        axis.loglog(*zip(*points, strict=True), label=provider, **style)
+        style = {"linestyle": ":"} if provider == "floor" else {"marker": "o"}
+        axis.loglog(*zip(*points, strict=True), label=provider, color=COLORS[provider], **style)
     axis.set(title=" ".join(filter(None, (*key[:3], MODE[key[3]]))), xlabel="product of sizes", ylabel="ms")
     axis.legend(fontsize=8)
 

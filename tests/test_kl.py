@@ -384,19 +384,3 @@ def test_kl_every_subset_of_gradients():
             inputs[i] = inputs[i].clone().requires_grad_()
             (grad,) = torch.autograd.grad(public(name)(*inputs), inputs[i])
             assert torch.equal(grad, everything[i])
-
-
-def test_kl_retained_graph_and_accumulation():
-    """Every backward starts from the slopes that the forward has left."""
-    log_alpha = torch.randn(50, requires_grad=True)
-    value = ops.kl_log_uniform(log_alpha) * 3
-    first = torch.autograd.grad(value, log_alpha, retain_graph=True)[0].clone()
-    second = torch.autograd.grad(value, log_alpha, retain_graph=True)[0].mul_(0)
-    value.backward()
-    assert torch.equal(log_alpha.grad, first) and not torch.equal(second, first)
-    (ops.kl_log_uniform(log_alpha) * 3).backward()
-    assert torch.equal(log_alpha.grad, 2 * first)
-    batch = torch.autograd.grad(
-        ops.kl_log_uniform(log_alpha), log_alpha, torch.tensor([1.0, 3.0]), is_grads_batched=True
-    )[0]
-    torch.testing.assert_close(batch[1], first)
