@@ -27,7 +27,6 @@ if use_cuda:
     extension = CUDAExtension(
         "losssurf_fast._C",
         sources + sorted(glob.glob("csrc/cuda/*.cpp") + glob.glob("csrc/cuda/*.cu")),
-        define_macros=[("LOSSSURF_WITH_CUDA", "1")],
         extra_compile_args={"cxx": cxx_flags, "nvcc": nvcc_flags},
     )
 else:

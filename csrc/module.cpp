@@ -12,12 +12,5 @@ PYBIND11_MODULE(_C, m) {
         "Instruction set whose CPU kernels run: 'avx512', 'avx2' or 'baseline'.");
   m.def("use_instruction_set", &use_instruction_set,
         "Choose an instruction set's kernels; False where this CPU lacks it. For tests and benchmarks.");
-  m.def("built_with_cuda", [] {
-#ifdef LOSSSURF_WITH_CUDA
-    return true;
-#else
-    return false;
-#endif
-  });
   m.def("compiler", [] { return std::string("g++ " __VERSION__); });
 }

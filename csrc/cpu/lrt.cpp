@@ -210,7 +210,7 @@ bool in_blocks(Kind kind, const Tensor& x, const Tensor& scale) {
 LogVarianceGradient log_variance_gradient(const Tensor& x, const Tensor& scale, const Tensor& grad_var, bool need_x,
                                           bool need_scale, Scratch& scratch) {
   constexpr int64_t kBlock = 1 << 18;  // elements: 1 MiB
-  const int64_t outputs = scale.size(0), step = std::clamp<int64_t>(kBlock / scale.size(1), 16, outputs);
+  const int64_t outputs = scale.size(0), step = std::min(outputs, std::max<int64_t>(16, kBlock / scale.size(1)));
   const Tensor squares = need_scale ? square(x, at::kFloat, scratch) : Tensor();
   const Tensor block = scratch.empty({step, scale.size(1)}, scale.options());
   LogVarianceGradient result;

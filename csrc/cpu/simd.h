@@ -1,6 +1,6 @@
 // Lanes of one instruction set: vector types and the primitives of scalar.h on them.
 //
-// Included once by each isa_*.cpp, which first defines LSF_ISA (a namespace) and LSF_LANES (4, 8 or 16)
+// Included once by each isa_*.cpp, which first defines LSF_ISA (the name of its table) and LSF_LANES (4, 8 or 16)
 // and opens the compiler's target. No STL, no ATen: a weak symbol compiled for AVX-512 here could be
 // picked by the linker for everybody.
 #pragma once

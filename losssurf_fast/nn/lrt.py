@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from losssurf_fast import ops
 from losssurf_fast.nn.stochastic import StochasticLayer
-from losssurf_fast.ops.lrt import PARAMETERIZATIONS, _check_activations, _check_parameters
+from losssurf_fast.ops.lrt import PARAMETERIZATIONS, check_activations, check_parameters
 
 INIT_LOG_ALPHA = -5.0  # that of Neklyudov et al., "Variance networks"
 _HALF = (torch.bfloat16, torch.float16)
@@ -113,7 +113,7 @@ class LRTLinear(StochasticLayer, nn.Linear):
 
     def _mean(self, input: torch.Tensor) -> torch.Tensor:
         weight, bias = self.weight, self.bias
-        _check_activations(input)
+        check_activations(input)
         if weight is None:
             return self._mean_without_weight(input)
         if input.dtype in _HALF:  # float32 parameters beside half-precision activations, as in lrt_linear
@@ -125,7 +125,7 @@ class LRTLinear(StochasticLayer, nn.Linear):
         device = input.device.type
         if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
             input = input.to(torch.get_autocast_dtype(device))
-        _check_parameters(input, None, self.scale, self.bias, self.parameterization)  # nothing else would complain
+        check_parameters(input, None, self.scale, self.bias, self.parameterization)  # nothing else would complain
         out = input.new_zeros(*input.shape[:-1], self.out_features)
         return out if self.bias is None else out + self.bias.to(input.dtype)
 

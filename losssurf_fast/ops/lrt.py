@@ -199,18 +199,7 @@ def lrt_linear_reference(
 
 
 def lrt_linear_backward_reference(
-    grad,
-    x,
-    weight,
-    scale,
-    has_bias,
-    var,
-    seed,
-    parameterization,
-    needed,
-    row_offset=0,
-    col_offset=0,
-    sample=0,
+    grad, x, weight, scale, has_bias, var, seed, parameterization, needed, row_offset=0, col_offset=0, sample=0
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients to x, weight, scale and bias; empty tensors of shape (0,) where not ``needed``."""
     operand, wide = operand_dtype(x.dtype), torch.promote_types(x.dtype, torch.float32)
@@ -252,18 +241,7 @@ def _lrt_linear_fake(x, weight, scale, bias, seed, parameterization, row_offset=
 
 
 def _lrt_linear_backward_fake(
-    grad,
-    x,
-    weight,
-    scale,
-    has_bias,
-    var,
-    seed,
-    parameterization,
-    needed,
-    row_offset=0,
-    col_offset=0,
-    sample=0,
+    grad, x, weight, scale, has_bias, var, seed, parameterization, needed, row_offset=0, col_offset=0, sample=0
 ):
     wide = torch.promote_types(x.dtype, torch.float32)
     return (
@@ -312,7 +290,7 @@ def _lrt_linear_backward_autograd(ctx, *outgoing):
 register_autograd("lrt_linear_backward", _lrt_linear_backward_autograd, _lrt_linear_backward_setup)
 
 
-def _check_activations(x) -> None:
+def check_activations(x) -> None:
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"lrt_linear: x must be a tensor, got {type(x).__name__}")
     if x.dtype not in LRT_DTYPES:
@@ -321,7 +299,7 @@ def _check_activations(x) -> None:
         raise ValueError("lrt_linear: x must be [..., in_features], got a 0-d tensor")
 
 
-def _check_parameters(x, weight, scale, bias, parameterization) -> None:
+def check_parameters(x, weight, scale, bias, parameterization) -> None:
     name = "lrt_linear"
     if parameterization not in PARAMETERIZATIONS:
         raise ValueError(f"{name}: parameterization must be one of {PARAMETERIZATIONS}, got {parameterization!r}")
@@ -384,11 +362,11 @@ def lrt_linear(
     Raises:
         TypeError, ValueError: a dtype, device, shape, name, seed or offset is not as above.
     """
-    _check_activations(x)
+    check_activations(x)
     device = x.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(device))
-    _check_parameters(x, weight, scale, bias, parameterization)
+    check_parameters(x, weight, scale, bias, parameterization)
     out_features = (scale if weight is None else weight).shape[0]
     check_stream("lrt_linear", row_offset, col_offset, sample, out_features)
     seed = as_seed("lrt_linear", seed, x.device)
