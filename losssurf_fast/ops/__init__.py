@@ -3,9 +3,11 @@
 import importlib.util
 
 from losssurf_fast._library import explain_missing
+from losssurf_fast.ops.averaging import ema_, lerp_
 from losssurf_fast.ops.kl import kl_ard, kl_log_uniform, kl_normal
 from losssurf_fast.ops.lrt import lrt_linear, lrt_sample
 from losssurf_fast.ops.noise import philox_normal
+from losssurf_fast.ops.swag import swag_collect_, swag_sample
 
 if importlib.util.find_spec("triton"):
     from losssurf_fast.ops import (  # noqa: F401
@@ -18,4 +20,15 @@ if importlib.util.find_spec("triton"):
 else:
     explain_missing("cuda", "triton is not installed")
 
-__all__ = ["kl_ard", "kl_log_uniform", "kl_normal", "lrt_linear", "lrt_sample", "philox_normal"]
+__all__ = [
+    "ema_",
+    "kl_ard",
+    "kl_log_uniform",
+    "kl_normal",
+    "lerp_",
+    "lrt_linear",
+    "lrt_sample",
+    "philox_normal",
+    "swag_collect_",
+    "swag_sample",
+]

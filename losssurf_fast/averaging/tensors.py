@@ -1,0 +1,115 @@
+"""A model's tensors as averages see them: by name, without wrappers, and on a shard only what lies there."""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from losssurf_fast.ops.swag import Place
+
+_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")  # of torch.compile and of activation checkpointing
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel, DataParallel and torch.compile."""
+    while True:
+        if isinstance(model, DistributedDataParallel | DataParallel):
+            model = model.module
+        elif isinstance(model, torch._dynamo.OptimizedModule):
+            model = model._orig_mod
+        else:
+            return model
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name without what wrappers inside the model put into it."""
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
+
+
+def named_parameters(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters by plain name, tied ones once; under FSDP2 the sharded ones, also after an evaluation's forward."""
+    model = unwrap(model)
+    for module in model.modules():
+        if hasattr(module, "unshard") and hasattr(module, "reshard"):  # fully_shard's
+            module.reshard()
+    return {plain_name(name): p for name, p in model.named_parameters()}
+
+
+def named_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {plain_name(name): b for name, b in unwrap(model).named_buffers()}
+
+
+def match(caller: str, ours: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+    """``theirs`` in the order of ``ours``.
+
+    Raises:
+        ValueError: the names, or the shapes or placements under a name, differ.
+    """
+    missing, unexpected = [n for n in ours if n not in theirs], [n for n in theirs if n not in ours]
+    if missing or unexpected:
+        parts = [f"lacks {_some(missing)}"] if missing else []
+        parts += [f"has {_some(unexpected)} besides"] if unexpected else []
+        raise ValueError(f"{caller}: the model must have the tensors of the average; it {' and '.join(parts)}")
+    for name, mine in ours.items():
+        other = theirs[name]
+        if mine.shape != other.shape:
+            raise ValueError(f"{caller}: {name} must have shape {tuple(mine.shape)}, got {tuple(other.shape)}")
+        if isinstance(mine, DTensor) != isinstance(other, DTensor):
+            kind = lambda t: "a DTensor" if isinstance(t, DTensor) else "a plain tensor"
+            raise ValueError(f"{caller}: {name} must be {kind(mine)} like the average's, got {kind(other)}")
+        if isinstance(mine, DTensor) and mine.placements != other.placements:
+            raise ValueError(f"{caller}: {name} must be placed as {mine.placements}, got {other.placements}")
+    return [theirs[name] for name in ours]
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def is_sharded(tensor: torch.Tensor) -> bool:
+    return isinstance(tensor, DTensor)
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """What of a tensor lies on this rank, the same memory; read anew each time, FSDP2 may replace it."""
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+def like(tensor: torch.Tensor, here: torch.Tensor) -> torch.Tensor:
+    """``here`` as this rank's part of a tensor that is placed as ``tensor`` is."""
+    if not isinstance(tensor, DTensor):
+        return here
+    return DTensor.from_local(
+        here, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+    )
+
+
+def place_of(caller: str, tensor: torch.Tensor, row: int) -> Place:
+    """Where this rank's part of parameter number ``row`` lies in the noise of the whole (ops/swag.py).
+
+    Raises:
+        NotImplementedError: the parameter is cut in more than its first and one other dimension, or interleaved.
+    """
+    if not isinstance(tensor, DTensor):
+        return Place(row)
+    shape = tensor.shape
+    if not all(p.is_replicate() or type(p) is Shard for p in tensor.placements):
+        raise NotImplementedError(f"{caller}: noise for the placement {tensor.placements} is not written")
+    here, start = compute_local_shape_and_global_offset(shape, tensor.device_mesh, tensor.placements)
+    cut = [d for d in range(len(shape)) if here[d] != shape[d]]
+    if len([d for d in cut if d > 0]) > 1:
+        raise NotImplementedError(f"{caller}: noise for the placement {tensor.placements} is not written")
+    if math.prod(here) == 0:
+        return Place(row)
+    strides = [math.prod(shape[d + 1 :]) for d in range(len(shape))]
+    offset = sum(s * step for s, step in zip(start, strides, strict=True))
+    last = max(cut, default=0)
+    if last == 0:
+        return Place(row, offset)
+    return Place(row, offset, here[last] * strides[last], shape[last] * strides[last])
