@@ -5,8 +5,8 @@ Per element, with P tensors in a list::
     lerp_   average <- average + weight (value - average)          SWA with weight = 1 / (n + 1)
     ema_    average <- decay average + (1 - decay) value           = lerp_ with weight = 1 - decay
 
-Sources: Izmailov et al., "Averaging weights leads to wider optima and better generalization", UAI 2018 (SWA); Polyak and
-Juditsky, 1992 (averaging of iterates).
+Sources: Izmailov et al., "Averaging weights leads to wider optima and better generalization", UAI 2018 (SWA); Polyak
+and Juditsky, 1992 (averaging of iterates).
 
 Numerics: in fp32 whatever the dtypes, in fp64 where an average or a value is fp64; an average may be wider than its
 values, and should be: in bf16 an average of a thousand weights is 20 % off, and an average with decay 0.9999 never

@@ -107,10 +107,7 @@ def _fma(a, b, c):
     """a b + c rounded once: in fp32 by way of fp64."""
     if c.dtype == torch.float64:
         return a * b + c
-    if not isinstance(b, torch.Tensor):
-        b = torch.tensor(b, dtype=torch.float32).item()
-    else:
-        b = b.double()
+    b = b.double() if isinstance(b, torch.Tensor) else torch.tensor(b, dtype=torch.float32).item()
     return (a.double() * b + c.double()).to(c.dtype)
 
 
@@ -118,7 +115,7 @@ def _sqrt(x):
     return x.double().sqrt().to(x.dtype)  # the vector library behind torch.sqrt does not round fp32 correctly
 
 
-# ---- checks -----------------------------------------------------------------------------------------------------------
+# ---- checks ---------------------------------------------------------------------------------------------------------
 
 
 def _check_state(name: str, mean, m2, deviations) -> None:
