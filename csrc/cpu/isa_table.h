@@ -1,4 +1,5 @@
 // The kernels of one instruction set, compiled for the target that the including file has set.
+#include "averaging_kernels.h"
 #include "kl_kernels.h"
 #include "lrt_kernels.h"
 #include "noise_kernels.h"
@@ -13,4 +14,5 @@ const Kernels LSF_ISA = {
     map,
     kl_sum,
     kl_scale,
+    lerp,
 };

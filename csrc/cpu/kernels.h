@@ -76,6 +76,8 @@ struct Kernels {
   double (*kl_sum)(KL, Prior, int64_t n, const Array* in, const Array* slopes);
   // out = scale in
   void (*kl_scale)(float scale, int64_t n, const Array* in, const Array* out);
+  // average += weight (value - average), by torch.lerp's formula
+  void (*lerp)(double weight, int64_t n, Array value, Array average);
 };
 
 // Kernels of the best instruction set of this CPU, or of the one chosen by use_instruction_set.

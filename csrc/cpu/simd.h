@@ -161,10 +161,16 @@ LSF_INLINE void mul_hi_lo(WideWords a, uint32_t m, WideWords& hi, WideWords& lo)
 }
 
 LSF_INLINE Floats from_bfloat(const uint16_t* p) {
+#if LSF_LANES == 16
+  return float_of((Words)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)) << 16);
+#elif LSF_LANES == 8
+  return float_of((Words)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)) << 16);
+#else
   typedef uint16_t Shorts __attribute__((vector_size(2 * kLanes)));
   Shorts x;
   memcpy(&x, p, sizeof x);
   return float_of(__builtin_convertvector(x, Words) << 16);
+#endif
 }
 LSF_INLINE void to_bfloat(Floats x, uint16_t* p) {  // nearest even; NaN stays NaN
   typedef uint16_t Shorts __attribute__((vector_size(2 * kLanes)));
