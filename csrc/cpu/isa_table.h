@@ -2,6 +2,7 @@
 #include "kl_kernels.h"
 #include "lrt_kernels.h"
 #include "noise_kernels.h"
+#include "swag_kernels.h"
 
 extern const Kernels LSF_ISA;
 const Kernels LSF_ISA = {
@@ -13,4 +14,6 @@ const Kernels LSF_ISA = {
     map,
     kl_sum,
     kl_scale,
+    swag_collect,
+    swag_sample,
 };
