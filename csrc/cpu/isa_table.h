@@ -3,6 +3,7 @@
 #include "kl_kernels.h"
 #include "lrt_kernels.h"
 #include "noise_kernels.h"
+#include "swag_kernels.h"
 
 extern const Kernels LSF_ISA;
 const Kernels LSF_ISA = {
@@ -15,4 +16,6 @@ const Kernels LSF_ISA = {
     kl_sum,
     kl_scale,
     lerp,
+    swag_collect,
+    swag_sample,
 };
