@@ -3,6 +3,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <type_traits>
+
 #include "../scalar.h"
 #include "float_type.h"
 
@@ -54,6 +56,16 @@ template <class F, class T, int N> LSF_INLINE void store_pack(const F (&x)[N], T
 #pragma unroll
   for (int i = 0; i < N; ++i) convert(x[i], pack.value[i]);
   *reinterpret_cast<Pack<T, N>*>(to) = pack;
+}
+// The same past the caches, for what is not read again.
+template <class F, class T, int N> LSF_INLINE void stream_pack(const F (&x)[N], T* to) {
+  using Word = std::conditional_t<sizeof(Pack<T, N>) % 16 == 0, uint4, uint2>;
+  Pack<T, N> pack;
+#pragma unroll
+  for (int i = 0; i < N; ++i) convert(x[i], pack.value[i]);
+#pragma unroll
+  for (size_t k = 0; k < sizeof pack / sizeof(Word); ++k)
+    __stcs(reinterpret_cast<Word*>(to) + k, reinterpret_cast<const Word*>(&pack)[k]);
 }
 
 }  // namespace

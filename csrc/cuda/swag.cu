@@ -115,7 +115,7 @@ template <class F, class T> LSF_INLINE void load(const T* from, bool packs, int6
   }
 }
 template <class F, class T> LSF_INLINE void store(const F (&x)[kWidth], T* to, bool packs, int64_t left) {
-  if (packs) return store_pack(x, to);
+  if (packs) return stream_pack(x, to);
 #pragma unroll
   for (int e = 0; e < kWidth; ++e)
     if (e < left) convert(x[e], to[e]);
@@ -202,16 +202,19 @@ __global__ void __launch_bounds__(kThreads)
               for (int e = 0; e < kWidth; ++e)
                 low_rank[g][e] = fused_mul_add(c[(j + k) * Group + g], deviations[k][e], low_rank[g][e]);
       }
-#pragma unroll
-      for (int g = 0; g < Group; ++g) {
-        if (begin + g >= samples) break;
+#pragma unroll 1
+      for (int g = 0; g < Group && begin + g < samples; ++g) {
         float z[kWidth];
         columns.draw(noise, t.row, options.first_sample + begin + g, z);
         F weight[kWidth];
 #pragma unroll
         for (int e = 0; e < kWidth; ++e)
-          weight[e] = swag_element(mean[e], m2[e], F(z[e]), low_rank[g][e], s.variance_scale);
+          weight[e] = swag_element(mean[e], m2[e], F(z[e]), low_rank[0][e], s.variance_scale);
         store(weight, s.out, t.out, (s.skip + begin + g) * t.numel + i, packs, left);
+#pragma unroll
+        for (int k = 1; k < Group; ++k)  // registers have no index: the next sample's move up
+#pragma unroll
+          for (int e = 0; e < kWidth; ++e) low_rank[k - 1][e] = low_rank[k][e];
       }
     }
   });
