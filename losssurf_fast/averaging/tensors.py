@@ -2,10 +2,12 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor._dtensor_spec import TensorMeta
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
@@ -85,9 +87,9 @@ def like(tensor: torch.Tensor, here: torch.Tensor) -> torch.Tensor:
     """``here`` as this rank's part of a tensor that is placed as ``tensor`` is."""
     if not isinstance(tensor, DTensor):
         return here
-    return DTensor.from_local(
-        here, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
-    )
+    # from_local would move an offloaded part to the mesh's device
+    meta = TensorMeta(tensor.shape, tensor.stride(), here.dtype)
+    return DTensor(here, replace(tensor._spec, tensor_meta=meta), requires_grad=False)
 
 
 def place_of(caller: str, tensor: torch.Tensor, row: int) -> Place:
