@@ -1,8 +1,8 @@
 """A running average of a model's weights, beside the model that is trained.
 
-Sources: Izmailov et al., "Averaging weights leads to wider optima and better generalization", UAI 2018 (SWA); Polyak and
-Juditsky, "Acceleration of stochastic approximation by averaging", 1992; the warm-up of the decay is ``num_updates`` of
-TensorFlow's ``tf.train.ExponentialMovingAverage``.
+Sources: Izmailov et al., "Averaging weights leads to wider optima and better generalization", UAI 2018 (SWA); Polyak
+and Juditsky, "Acceleration of stochastic approximation by averaging", 1992; the warm-up of the decay is ``num_updates``
+of TensorFlow's ``tf.train.ExponentialMovingAverage``.
 """
 
 from collections import OrderedDict
@@ -34,26 +34,26 @@ class AveragedModel(nn.Module):
     load from and into torch's class, also those of a model in DistributedDataParallel or torch.compile: wrappers are
     taken off, at construction and on load. A state_dict that does not fit is refused before anything is changed.
 
-    A model sharded by ``fully_shard`` is not copied: ``module`` is then a tree of bare modules with the averages, DTensors
-    placed as the parameters are, and cannot be called (see :func:`averaged_weights`). An update touches the local shards
-    alone, without communication.
+    A model sharded by ``fully_shard`` is not copied: ``module`` is then a tree of bare modules with the averages,
+    DTensors placed as the parameters are, and cannot be called (see :func:`averaged_weights`). An update touches the
+    local shards alone, without communication.
 
     Args:
         model: the model to average; its wrappers (DistributedDataParallel, torch.compile) are taken off.
         device: where the averages are held; by default where the model's tensors are.
-        avg_fn: ``avg_fn(average, weight, n_averaged)`` returns the new average, tensor by tensor, in place of ``average=``.
-        multi_avg_fn: ``multi_avg_fn(averages, weights, n_averaged)`` changes a list in place; each list has one dtype and
-            one device. Weights are cast to the average's dtype for both.
+        avg_fn: ``avg_fn(average, weight, n_averaged)`` returns the new average of one tensor, in place of ``average=``.
+        multi_avg_fn: ``multi_avg_fn(averages, weights, n_averaged)`` changes a list in place; each list has one dtype
+            and one device. Weights are cast to the average's dtype for both.
         use_buffers: average floating buffers as parameters, instead of copying them.
         average: "swa" or "ema".
         decay: of "ema", in [0, 1].
         ema_warmup: let the decay of "ema" grow with the number of averaged models.
         average_dtype: a floating dtype for the averages; None is at least fp32.
-        update_every: only every k-th call of ``update_parameters`` averages (a loaded average starts to count at 0).
+        update_every: only every k-th call of ``update_parameters`` averages; after loading, calls count from 0.
         include_start: count the weights at construction as the first model.
-        offload: "cpu" holds the averages in host memory (pinned, with a GPU). An update starts a copy of the weights on a
-            stream of its own and returns; the averaging runs on the host when the average is next used. What holds
-            tensors of ``module`` from before calls ``synchronize()``.
+        offload: "cpu" holds the averages in host memory (pinned, with a GPU). An update starts a copy of the weights on
+            a stream of its own and returns; the averaging runs on the host when the average is next used. Whoever
+            keeps tensors of ``module`` from before calls ``synchronize()``.
         check_finite: refuse an update from weights that hold NaN or inf. Waits for the device.
 
     Raises:
@@ -140,8 +140,8 @@ class AveragedModel(nn.Module):
         """Average in the weights of ``model``, one of the names and shapes of the model at construction.
 
         Raises:
-            ValueError: names, shapes or placements differ, or ``check_finite`` found NaN or inf, on any rank. Nothing is
-                changed, the count neither.
+            ValueError: names, shapes or placements differ, or ``check_finite`` found NaN or inf, on any rank. Nothing
+                is changed, the count neither.
         """
         if (self._calls + 1) % self.update_every:
             self._calls += 1
@@ -247,11 +247,8 @@ class AveragedModel(nn.Module):
         ours = {tensors.plain_name(k): k for k in self.state_dict()}
         keys = [k for k in loaded if k.startswith(f"{prefix}module.")]
         plain = {k: tensors.plain_name(k.removeprefix(prefix)) for k in keys}
-        while (
-            keys
-            and not set(plain.values()) <= ours.keys()
-            and all(p.startswith("module.module.") for p in plain.values())
-        ):
+        wrapped = lambda: all(p.startswith("module.module.") for p in plain.values())  # by DistributedDataParallel
+        while keys and wrapped() and not set(plain.values()) <= ours.keys():
             plain = {k: p.removeprefix("module.") for k, p in plain.items()}
         renamed = {k: prefix + ours.get(p, p) for k, p in plain.items()}
         if len(set(renamed.values())) == len(renamed):
@@ -307,22 +304,21 @@ class AveragedModel(nn.Module):
         return {**self.__dict__, "_pairing": None, "_staging": None, "_counted": None}
 
 
-def _check_arguments(
-    model, device, avg_fn, multi_avg_fn, average, decay, average_dtype, update_every, offload, flags
-) -> None:
+def _check_arguments(model, device, functions, average, decay, average_dtype, update_every, offload, flags) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"{_NAME}: model must be a torch.nn.Module, got {type(model).__name__}")
     for argument, value in flags.items():
         if not isinstance(value, bool):
             raise TypeError(f"{_NAME}: {argument} must be a bool, got {type(value).__name__}")
-    for argument, function in (("avg_fn", avg_fn), ("multi_avg_fn", multi_avg_fn)):
-        if function is not None and not callable(function):
+    functions = {argument: function for argument, function in functions.items() if function is not None}
+    for argument, function in functions.items():
+        if not callable(function):
             raise TypeError(f"{_NAME}: {argument} must be callable, got {type(function).__name__}")
-    if avg_fn is not None and multi_avg_fn is not None:
+    if len(functions) > 1:
         raise ValueError(f"{_NAME}: only one of avg_fn and multi_avg_fn can be given")
     if average not in ("swa", "ema"):
         raise ValueError(f"{_NAME}: average must be 'swa' or 'ema', got {average!r}")
-    if average == "ema" and (avg_fn is not None or multi_avg_fn is not None):
+    if average == "ema" and functions:
         raise ValueError(f"{_NAME}: average='ema' and a function of one's own exclude each other")
     if flags["ema_warmup"] and average != "ema":
         raise ValueError(f"{_NAME}: ema_warmup needs average='ema', got {average!r}")

@@ -1,4 +1,4 @@
-"""A model's tensors beside their averages, paired by name once and used again while the tensors are the same objects."""
+"""A model's tensors beside their averages: paired by name once, used again while they are the same objects."""
 
 import operator
 import weakref
@@ -86,10 +86,8 @@ class Pairing:
                 dist.all_reduce(finite, dist.ReduceOp.MIN, group=mesh.get_group(dimension))
         if not finite.item():
             bad = [name for name, v in zip(self.names, values, strict=True) if not v.isfinite().all()]
-            where = ", ".join(bad[:3]) + (f" and {len(bad) - 3} more" if len(bad) > 3 else "")
-            raise ValueError(
-                f"{caller}: the model's weights must be finite, got NaN or inf in {where or 'other shards'}"
-            )
+            where = tensors.some(bad) or "other ranks' shards"
+            raise ValueError(f"{caller}: the model's weights must be finite, got NaN or inf in {where}")
 
 
 def _columns(pairs):

@@ -40,9 +40,8 @@ def averaged_weights(model: nn.Module, average) -> Iterator[nn.Module]:
     buffers = tensors.named_buffers(model)
     if any(name in averages for name in buffers):
         live |= buffers
-    # match tells what the second lacks: the average is at fault here as often as the model
-    new = [tensors.local(t) for t in tensors.match(_NAME, live, averages)]
-    live = [*live.values()]
+    live = tensors.match(_NAME, averages, live)
+    new = [tensors.local(t) for t in averages.values()]
     with torch.no_grad():
         saved = [tensors.local(t).clone() for t in live]
     try:

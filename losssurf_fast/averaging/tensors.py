@@ -55,8 +55,8 @@ def match(caller: str, ours: Mapping[str, torch.Tensor], theirs: Mapping[str, to
     """
     missing, unexpected = [n for n in ours if n not in theirs], [n for n in theirs if n not in ours]
     if missing or unexpected:
-        parts = [f"lacks {_some(missing)}"] if missing else []
-        parts += [f"has {_some(unexpected)} besides"] if unexpected else []
+        parts = [f"lacks {some(missing)}"] if missing else []
+        parts += [f"has {some(unexpected)} besides"] if unexpected else []
         raise ValueError(f"{caller}: the model must have the tensors of the average; it {' and '.join(parts)}")
     for name, mine in ours.items():
         other = theirs[name]
@@ -70,7 +70,8 @@ def match(caller: str, ours: Mapping[str, torch.Tensor], theirs: Mapping[str, to
     return [theirs[name] for name in ours]
 
 
-def _some(names: list[str]) -> str:
+def some(names: list[str]) -> str:
+    """The first three of ``names``, for a message."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
