@@ -15,6 +15,7 @@ except ImportError as error:
     ) from error
 
 from losssurf_fast import nn
+from losssurf_fast.averaging.batch_norm import update_bn
 from losssurf_fast.conversion import ConversionReport, conversion_report, to_lrt
 from losssurf_fast.objective import ELBOLoss, kl_divergence
 from losssurf_fast.prediction import predict, prediction
@@ -31,4 +32,5 @@ __all__ = [
     "predict",
     "prediction",
     "to_lrt",
+    "update_bn",
 ]
