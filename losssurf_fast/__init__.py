@@ -16,12 +16,14 @@ except ImportError as error:
 
 from losssurf_fast import nn
 from losssurf_fast.averaging.batch_norm import update_bn
+from losssurf_fast.averaging.swag import SWAG
 from losssurf_fast.conversion import ConversionReport, conversion_report, to_lrt
 from losssurf_fast.objective import ELBOLoss, kl_divergence
 from losssurf_fast.prediction import predict, prediction
 
 __version__ = "0.1.0"
 __all__ = [
+    "SWAG",
     "ConversionReport",
     "ELBOLoss",
     "conversion_report",
