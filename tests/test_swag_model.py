@@ -118,8 +118,6 @@ def test_swag_memory_formats_and_compiled_models():
     plain, other = copy.deepcopy(model).to(memory_format=torch.contiguous_format), torch.compile(model, backend="eager")
     swag, reference = lsf.SWAG(other), lsf.SWAG(plain)
     walk(model, 3, swag)
-    torch.manual_seed(0)
-    torch.manual_seed(0)
     for name, t in swag.averages().items():
         assert t.is_contiguous() and "_orig_mod" not in name
     swag.sample(seed=0)

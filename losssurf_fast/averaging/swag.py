@@ -13,15 +13,7 @@ from torch.distributed.tensor import DTensor
 from losssurf_fast import ops
 from losssurf_fast.averaging import swag_convert, swag_density, swag_predict
 from losssurf_fast.averaging.mesh import all_reduce_, broadcast_, mesh_of, part_of, zeros_beside
-from losssurf_fast.averaging.tensors import (
-    local,
-    match,
-    named_parameters,
-    persistent_buffers,
-    place_of,
-    plain_name,
-    unwrap,
-)
+from losssurf_fast.averaging.tensors import local, match, named_parameters, persistent_buffers, place_of, unwrap
 from losssurf_fast.ops.averaging import AVERAGING_DTYPES
 from losssurf_fast.ops.noise import as_seed
 
@@ -84,7 +76,9 @@ class SWAG(nn.Module):
                 raise TypeError(f"SWAG: {name} must have a floating dtype of {AVERAGING_DTYPES}, got {p.dtype}")
         self._mesh = mesh_of("SWAG", parameters.values())
         if self._mesh is not None and device is not None:
-            raise ValueError("SWAG: device must be None for a sharded model; its state lies beside its parameters")
+            raise ValueError(
+                f"SWAG: device must be None for a sharded model, got {device}; the state is sharded like it"
+            )
         self.max_num_models, self.no_cov_mat, self.n_models = max_num_models, no_cov_mat, 0
         self._places = [place_of("SWAG", p, row) for row, p in enumerate(parameters.values())]
         self._mean, self._m2, self._deviations = {}, {}, {}
@@ -258,7 +252,6 @@ class SWAG(nn.Module):
         if isinstance(weights, nn.Module):
             weights = named_parameters(weights)
         elif isinstance(weights, Mapping):
-            weights = {plain_name(name): w for name, w in weights.items()}
             weights = {name: w for name, w in weights.items() if name not in self._collected_buffers}
         else:
             raise TypeError(f"log_prob: weights must be a module or tensors by name, got {type(weights).__name__}")
@@ -307,18 +300,9 @@ class SWAG(nn.Module):
             TypeError, ValueError: a key is missing or unexpected, or a tensor is not like the state's. Nothing is
                 changed.
         """
-        if not isinstance(state_dict, Mapping):
-            raise TypeError(f"load_state_dict: state_dict must be a mapping, got {type(state_dict).__name__}")
         ours = self.state_dict()
-        missing, unexpected = sorted(ours.keys() - state_dict.keys()), sorted(state_dict.keys() - ours.keys())
-        if missing or unexpected:
-            raise ValueError(
-                f"load_state_dict: state_dict must be of a SWAG of this model with no_cov_mat={self.no_cov_mat}; "
-                f"missing keys {missing[:3]} of {len(missing)}, unexpected keys {unexpected[:3]} of {len(unexpected)}"
-            )
+        swag_convert.check_entries(f"load_state_dict: state_dict (no_cov_mat={self.no_cov_mat})", ours, state_dict)
         for key, value in state_dict.items():
-            if not isinstance(value, torch.Tensor):
-                raise TypeError(f"load_state_dict: {key} must be a tensor, got {type(value).__name__}")
             if value.is_floating_point() != ours[key].is_floating_point():
                 raise TypeError(f"load_state_dict: {key} must be like {ours[key].dtype}, got {value.dtype}")
         values = match("load_state_dict", ours, state_dict)

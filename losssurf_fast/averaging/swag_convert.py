@@ -1,6 +1,6 @@
 """SWAG's state to and from the keys of wjmaddox/swa_gaussian, which stores E[w^2] and a growing [r, numel] matrix."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -26,11 +26,7 @@ def to_swa_gaussian(swag) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def from_swa_gaussian(cls, state_dict, model, max_num_models, deviations_dtype, device):
-    if not isinstance(state_dict, Mapping):
-        raise TypeError(f"from_swa_gaussian: state_dict must be a mapping, got {type(state_dict).__name__}")
-    for key, value in state_dict.items():
-        if not isinstance(value, torch.Tensor):
-            raise TypeError(f"from_swa_gaussian: {key} must be a tensor, got {type(value).__name__}")
+    check_entries("from_swa_gaussian: state_dict", None, state_dict)
     if "n_models" not in state_dict or state_dict["n_models"].numel() != 1:
         raise ValueError("from_swa_gaussian: state_dict must have n_models, a single number")
     n = int(state_dict["n_models"])
@@ -55,14 +51,9 @@ def from_swa_gaussian(cls, state_dict, model, max_num_models, deviations_dtype, 
             f"got {kept}"
         )
     suffixes = _SUFFIXES[: 2 if swag.no_cov_mat else 3]
-    keys = {"n_models", *(f"base.{name}" for name in swag._collected_buffers)}
-    keys |= {f"base.{name}{suffix}" for name in swag.averages() for suffix in suffixes}
-    missing, unexpected = sorted(keys - state_dict.keys()), sorted(state_dict.keys() - keys)
-    if missing or unexpected:
-        raise ValueError(
-            f"from_swa_gaussian: state_dict must be of a SWAG of this model; missing keys {missing[:3]} of "
-            f"{len(missing)}, unexpected keys {unexpected[:3]} of {len(unexpected)}"
-        )
+    keys = [f"base.{name}{suffix}" for name in swag.averages() for suffix in suffixes]
+    keys += ["n_models", *(f"base.{name}" for name in swag._collected_buffers)]
+    check_entries("from_swa_gaussian: state_dict", keys, state_dict)
     state = {"n_models": torch.tensor(n)}
     for name, mean in swag.averages().items():
         parts = [state_dict[f"base.{name}{suffix}"] for suffix in suffixes]
@@ -82,6 +73,23 @@ def from_swa_gaussian(cls, state_dict, model, max_num_models, deviations_dtype, 
     state |= {f"base.{name}": state_dict[f"base.{name}"] for name in swag._collected_buffers}
     swag.load_state_dict(state)
     return swag
+
+
+def check_entries(what: str, keys: Collection[str] | None, state_dict) -> None:
+    """Refuse what is no mapping to tensors, or not from just ``keys``."""
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"{what} must be a mapping, got {type(state_dict).__name__}")
+    for key, value in state_dict.items():
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(f"{what}'s {key} must be a tensor, got {type(value).__name__}")
+    if keys is None:
+        return
+    missing, unexpected = [k for k in keys if k not in state_dict], [k for k in state_dict if k not in keys]
+    if missing or unexpected:
+        raise ValueError(
+            f"{what} must be of a SWAG of this model; missing keys {missing[:3]} of {len(missing)}, unexpected keys "
+            f"{unexpected[:3]} of {len(unexpected)}"
+        )
 
 
 def _whole(t: torch.Tensor) -> torch.Tensor:
