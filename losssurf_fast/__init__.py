@@ -15,13 +15,14 @@ except ImportError as error:
     ) from error
 
 from losssurf_fast import nn
-from losssurf_fast.averaging import AveragedModel, averaged_weights
+from losssurf_fast.averaging import SWAG, AveragedModel, averaged_weights, update_bn
 from losssurf_fast.conversion import ConversionReport, conversion_report, to_lrt
 from losssurf_fast.objective import ELBOLoss, kl_divergence
 from losssurf_fast.prediction import predict, prediction
 
 __version__ = "0.1.0"
 __all__ = [
+    "SWAG",
     "AveragedModel",
     "ConversionReport",
     "ELBOLoss",
@@ -34,4 +35,5 @@ __all__ = [
     "predict",
     "prediction",
     "to_lrt",
+    "update_bn",
 ]

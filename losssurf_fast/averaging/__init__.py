@@ -1,6 +1,8 @@
 """Averages of weights: running averages and SWAG over whole and sharded models, schedules, BatchNorm recalibration."""
 
+from losssurf_fast.averaging.batch_norm import update_bn
 from losssurf_fast.averaging.model import AveragedModel
+from losssurf_fast.averaging.swag import SWAG
 from losssurf_fast.averaging.swap import averaged_weights
 
-__all__ = ["AveragedModel", "averaged_weights"]
+__all__ = ["SWAG", "AveragedModel", "averaged_weights", "update_bn"]
