@@ -16,14 +16,20 @@ except ImportError as error:
 
 from losssurf_fast import nn
 from losssurf_fast.averaging.batch_norm import update_bn
+from losssurf_fast.averaging.fge import FGE
+from losssurf_fast.averaging.schedules import FGETriangleLR, SWAConstantLR, SWACyclicLR
 from losssurf_fast.conversion import ConversionReport, conversion_report, to_lrt
 from losssurf_fast.objective import ELBOLoss, kl_divergence
 from losssurf_fast.prediction import predict, prediction
 
 __version__ = "0.1.0"
 __all__ = [
+    "FGE",
     "ConversionReport",
     "ELBOLoss",
+    "FGETriangleLR",
+    "SWAConstantLR",
+    "SWACyclicLR",
     "conversion_report",
     "kernel_for",
     "kl_divergence",
