@@ -15,6 +15,7 @@ except ImportError as error:
     ) from error
 
 from losssurf_fast import nn
+from losssurf_fast.averaging import AveragedModel, averaged_weights
 from losssurf_fast.averaging.batch_norm import update_bn
 from losssurf_fast.averaging.fge import FGE
 from losssurf_fast.averaging.schedules import FGETriangleLR, SWAConstantLR, SWACyclicLR
@@ -25,11 +26,13 @@ from losssurf_fast.prediction import predict, prediction
 __version__ = "0.1.0"
 __all__ = [
     "FGE",
+    "AveragedModel",
     "ConversionReport",
     "ELBOLoss",
     "FGETriangleLR",
     "SWAConstantLR",
     "SWACyclicLR",
+    "averaged_weights",
     "conversion_report",
     "kernel_for",
     "kl_divergence",

@@ -1,6 +1,5 @@
 """Fast geometric ensembling: networks on the way from minimum to minimum, and the mean of their predictions."""
 
-import contextlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -10,6 +9,7 @@ from torch.optim import Optimizer
 
 from losssurf_fast.averaging.batch_norm import update_bn
 from losssurf_fast.averaging.schedules import FGETriangleLR
+from losssurf_fast.averaging.swap import averaged_weights
 from losssurf_fast.averaging.tensors import is_sharded, match, named_buffers, named_parameters
 from losssurf_fast.files import load_state, save_state
 from losssurf_fast.prediction import predict
@@ -62,7 +62,7 @@ class FGE:
         self.model = model
         self.device = None if device is None else torch.device(device)
         self.schedule = None if optimizer is None else FGETriangleLR(optimizer, cycle, lr_1, lr_2)
-        self._members: list[dict[str, torch.Tensor]] = []
+        self._members: list[_Member] = []
 
     @property
     def members(self) -> tuple[Mapping[str, torch.Tensor], ...]:
@@ -92,7 +92,7 @@ class FGE:
         if model is not None:
             theirs = _tensors(model)
             tensors = dict(zip(tensors, match("FGE.collect_model", tensors, theirs), strict=True))
-        self._members.append({name: self._kept(t) for name, t in tensors.items()})
+        self._members.append(_Member({name: self._kept(t) for name, t in tensors.items()}))
 
     def predict(self, x: torch.Tensor, *, bn_loader: Iterable | None = None) -> torch.Tensor:
         """The members' mean class probabilities ``[..., classes]``, float32 (float64 for float64 logits).
@@ -107,9 +107,10 @@ class FGE:
         Raises:
             RuntimeError: there are no members.
         """
+        self._require_members("FGE.predict")
         total = 0
-        with self._installed("FGE.predict") as members:
-            for _ in members:
+        for member in self._members:
+            with averaged_weights(self.model, member):
                 if bn_loader is not None:
                     update_bn(bn_loader, self.model)
                 total = total + predict(self.model, x, scheme="deterministic")
@@ -121,12 +122,12 @@ class FGE:
         Raises:
             RuntimeError: there are no members.
         """
+        self._require_members("FGE.update_bn")
         recalibrated = []
-        with self._installed("FGE.update_bn") as members:
-            for member in members:
+        for member in self._members:
+            with averaged_weights(self.model, member):
                 update_bn(loader, self.model, subset=subset)
-                statistics = {name: self._kept(b) for name, b in named_buffers(self.model).items()}
-                recalibrated.append(member | statistics)
+                recalibrated.append(_Member({n: self._kept(t) for n, t in _tensors(self.model).items()}))
         self._members = recalibrated
 
     def state_dict(self) -> dict:
@@ -149,7 +150,7 @@ class FGE:
             raise ValueError(f"{name}: state was saved without a schedule and cannot resume one")
         ours = _tensors(self.model)
         members = [dict(zip(ours, match(name, ours, member), strict=True)) for member in state["members"]]
-        self._members = [{key: self._kept(t, ours[key]) for key, t in member.items()} for member in members]
+        self._members = [_Member({key: self._kept(t, ours[key]) for key, t in m.items()}) for m in members]
         if self.schedule is not None:
             self.schedule.load_state_dict(state["schedule"])
 
@@ -171,24 +172,16 @@ class FGE:
         like = tensor if like is None else like
         return tensor.detach().to(self.device or like.device, like.dtype, copy=True)
 
-    @contextlib.contextmanager
-    def _installed(self, caller: str):
-        """Iterates over the members, each in the model meanwhile; restores the model on leaving."""
+    def _require_members(self, caller: str) -> None:
         if not self._members:
             raise RuntimeError(f"{caller}: there are no members yet; call step() or collect_model() while training")
-        tensors = _tensors(self.model)
-        before = {name: t.detach().clone() for name, t in tensors.items()}
 
-        def install(member: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-            with torch.no_grad():
-                for t, value in zip(tensors.values(), match(caller, tensors, member), strict=True):
-                    t.copy_(value)
-            return member
 
-        try:
-            yield map(install, self._members)
-        finally:
-            install(before)
+class _Member(dict):
+    """A network's tensors by name, as :func:`averaged_weights` takes them."""
+
+    def averages(self) -> dict[str, torch.Tensor]:
+        return self
 
 
 def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
