@@ -81,15 +81,10 @@ class AveragedModel(nn.Module):
         check_finite: bool = False,
     ):
         super().__init__()
-        flags = {
-            "use_buffers": use_buffers,
-            "ema_warmup": ema_warmup,
-            "include_start": include_start,
-            "check_finite": check_finite,
-        }
-        _check_arguments(
-            model, device, avg_fn, multi_avg_fn, average, decay, average_dtype, update_every, offload, flags
-        )
+        flags = {"use_buffers": use_buffers, "ema_warmup": ema_warmup}
+        flags |= {"include_start": include_start, "check_finite": check_finite}
+        functions = {"avg_fn": avg_fn, "multi_avg_fn": multi_avg_fn}
+        _check_arguments(model, device, functions, average, decay, average_dtype, update_every, offload, flags)
         device = torch.device("cpu") if offload else device
         model = tensors.unwrap(model)
         parameters, buffers = tensors.named_parameters(model), tensors.named_buffers(model)
