@@ -35,9 +35,8 @@ def load_state(caller: str, path: str | os.PathLike) -> Any:
         FileNotFoundError: there is no such file.
         ValueError: the file is damaged, or holds something else than tensors in plain containers.
     """
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # what torch raises for damaged files differs with the damage
-        raise ValueError(f"{caller}: {path} is damaged or no file of {caller.split('.')[0]}: {error}") from error
+    with open(path, "rb") as file:
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # what torch raises for damaged files differs with the damage
+            raise ValueError(f"{caller}: {path} is damaged or no file of {caller.split('.')[0]}: {error}") from error

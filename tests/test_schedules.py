@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import SequentialLR
+from torch.optim.swa_utils import SWALR
 
 import losssurf_fast as lsf
 
@@ -87,6 +88,28 @@ def test_after_a_warm_up():
             rates.append(sgd.param_groups[0]["lr"])
             sequence.step()
     assert rates[2:] == pytest.approx([0.3, 0.2, 0.3, 0.2])
+
+
+@pytest.mark.parametrize("name", ["SWALR", *SCHEDULES])
+def test_a_loop_that_averages(name):
+    """torch's SWALR and each of ours, the averaged weights against their mean."""
+    model = nn.Linear(3, 2)
+    sgd = torch.optim.SGD([{"params": [model.weight]}, {"params": [model.bias]}], lr=1.0)
+    schedule = SWALR(sgd, swa_lr=[0.05, 0.1], anneal_epochs=3) if name == "SWALR" else SCHEDULES[name](sgd)
+    average, kept = lsf.AveragedModel(model), []
+    for step in range(14):
+        sgd.zero_grad()
+        model(torch.randn(8, 3)).square().mean().backward()
+        sgd.step()
+        if step >= 9 if name == "SWALR" else schedule.collect_now:
+            average.update_parameters(model)
+            kept.append(model.weight.detach().clone())
+        schedule.step()
+    assert len(kept) >= 2
+    assert average.n_averaged == len(kept)
+    torch.testing.assert_close(average.module.weight.detach(), torch.stack(kept).mean(0))
+    if name == "SWALR":
+        assert schedule.get_last_lr() == [0.05, 0.1]
 
 
 @pytest.mark.parametrize(
