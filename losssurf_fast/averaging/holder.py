@@ -49,7 +49,10 @@ def _copy(tensor: torch.Tensor, dtype: torch.dtype, device: torch.device | None,
     source = tensors.local(tensor).detach()
     copy = torch.empty_like(source, dtype=dtype, device=device, pin_memory=pin).copy_(source)
     copy = tensors.like(tensor, copy)
-    return type(tensor)(copy, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copy
+    if not isinstance(tensor, nn.Parameter):
+        return copy
+    kind = nn.Parameter if tensors.is_sharded(tensor) else type(tensor)  # a DTensor's type is DTensor
+    return kind(copy, tensor.requires_grad)
 
 
 def _bare(module: nn.Module, copy_of: Callable, made: dict[nn.Module, nn.Module]) -> nn.Module:

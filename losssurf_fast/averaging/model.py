@@ -122,12 +122,12 @@ class AveragedModel(nn.Module):
                 cast[name] = t.to(dtype)
         if not cast:
             return module(*args, **kwargs)
-        buffers = [(b, name, cast[name], cast[name]._version) for name, b in module.named_buffers() if name in cast]
         output = torch.func.functional_call(module, cast, args, kwargs)
-        with torch.no_grad():
-            for b, name, before, version in buffers:
-                if cast[name] is not before or before._version != version:  # running statistics
-                    b.copy_(cast[name])
+        with torch.no_grad():  # running statistics; torch counts no version where it moves them
+            for name, b in module.named_buffers():
+                if name in cast:
+                    after = cast[name]
+                    b.copy_(torch.where(after == b.to(after.dtype), b, after.to(b.dtype)))
         return output
 
     @torch.no_grad()

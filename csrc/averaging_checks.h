@@ -1,0 +1,50 @@
+// What the kernels of lerp_ and ema_ refuse, on every device: ops/averaging.py has the same words for Python.
+#pragma once
+#include <ATen/core/Tensor.h>
+
+#include <algorithm>
+#include <vector>
+
+namespace losssurf {
+
+inline bool averaging_dtype(at::ScalarType t) {
+  return t == at::kFloat || t == at::kBFloat16 || t == at::kHalf || t == at::kDouble;
+}
+
+// "(2, 3)", as Python prints a shape
+inline std::string shape_of(at::IntArrayRef sizes) {
+  std::string text = "(";
+  for (size_t i = 0; i < sizes.size(); ++i) text += (i ? ", " : "") + std::to_string(sizes[i]);
+  return text + (sizes.size() == 1 ? ",)" : ")");
+}
+
+// `copies` lists of averages, one after the other, of the same values
+inline void check_lerp(const char* name, at::TensorList averages, at::TensorList values, size_t copies) {
+  TORCH_CHECK_VALUE(averages.size() == copies * values.size(), name, ": averages must hold ",
+                    copies == 1 ? "" : std::to_string(copies) + " times ", values.size(), " tensors like values, got ",
+                    averages.size());
+  std::vector<std::pair<const void*, size_t>> places;
+  places.reserve(averages.size());
+  for (size_t i = 0; i < averages.size(); ++i) {
+    const at::Tensor& average = averages[i];
+    const at::Tensor& value = values[i % values.size()];
+    const auto check_dtype = [&](const char* label, const at::Tensor& t) {
+      TORCH_CHECK_TYPE(averaging_dtype(t.scalar_type()), name, ": ", label, "[", i,
+                       "] must have a floating dtype of (torch.float64, torch.float32, torch.bfloat16, torch.float16), got ",
+                       t.scalar_type());
+    };
+    check_dtype("averages", average);
+    check_dtype("values", value);
+    TORCH_CHECK_VALUE(average.sizes() == value.sizes(), name, ": averages[", i, "] must have the value's shape ",
+                      shape_of(value.sizes()), ", got ", shape_of(average.sizes()));
+    TORCH_CHECK_VALUE(average.device() == value.device(), name, ": averages[", i, "] must be on the value's ",
+                      value.device(), ", got ", average.device());
+    if (average.numel() > 0) places.emplace_back(average.const_data_ptr(), i);
+  }
+  std::sort(places.begin(), places.end());
+  for (size_t k = 1; k < places.size(); ++k)
+    TORCH_CHECK_VALUE(places[k].first != places[k - 1].first, name, ": averages must be distinct tensors, ",
+                      places[k - 1].second, " and ", places[k].second, " share their memory");
+}
+
+}  // namespace losssurf
