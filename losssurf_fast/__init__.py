@@ -19,6 +19,7 @@ from losssurf_fast.averaging import AveragedModel, averaged_weights
 from losssurf_fast.averaging.batch_norm import update_bn
 from losssurf_fast.averaging.fge import FGE
 from losssurf_fast.averaging.schedules import FGETriangleLR, SWAConstantLR, SWACyclicLR
+from losssurf_fast.averaging.swag import SWAG
 from losssurf_fast.conversion import ConversionReport, conversion_report, to_lrt
 from losssurf_fast.objective import ELBOLoss, kl_divergence
 from losssurf_fast.prediction import predict, prediction
@@ -26,6 +27,7 @@ from losssurf_fast.prediction import predict, prediction
 __version__ = "0.1.0"
 __all__ = [
     "FGE",
+    "SWAG",
     "AveragedModel",
     "ConversionReport",
     "ELBOLoss",

@@ -245,3 +245,19 @@ def test_update_bn_equals_torch_for_equal_batches_of_equal_statistics():
     torch.testing.assert_close(ours.running_mean, theirs.running_mean)
     torch.testing.assert_close(ours.running_var * (255 / 256), theirs.running_var * (63 / 64))
     assert torch.equal(ours.num_batches_tracked, theirs.num_batches_tracked)
+
+
+def test_update_bn_reads_nothing_on_the_host():
+    """A layer's ``momentum=None`` would read its count in every batch."""
+    reads = []
+
+    class Observed(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            reads.extend([func] if func is torch.ops.aten._local_scalar_dense.default else [])
+            return func(*args, **(kwargs or {}))
+
+    layer = nn.BatchNorm1d(3, momentum=None)
+    with Observed():
+        float(torch.ones(()))
+        lsf.update_bn(batches_of(torch.randn(40, 3)), layer)
+    assert len(reads) == 1  # the test's own

@@ -60,18 +60,18 @@ def update_bn(
     Raises:
         TypeError, ValueError: an argument is not as above, the loader is empty on every rank, or a batch has a single
             value per channel, for which normalisation by the batch is not defined.
-        RuntimeError: another rank failed.
+        RuntimeError: another rank failed, or ``model`` is an average of a sharded model, which holds none itself.
         Nothing is changed in any of these cases, nor where the loader or the model raises.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"update_bn: model must be a torch.nn.Module, got {type(model).__name__}")
     limit = _num_batches(loader, subset)
-    layers = {
-        n: m
-        for n, m in model.named_modules()
-        if isinstance(m, _BatchNorm) and m.track_running_stats and m.running_mean is not None
-    }
+    layers = tracking_layers(model)
     if not layers:
+        if getattr(model, "_sharded", False):
+            raise RuntimeError(
+                f"update_bn: a sharded {type(model).__name__} holds no model; put its weights into the live one"
+            )
         return
     statistics = {layer: _Statistics() for layer in layers.values()}
     batches, error = 0, None
@@ -94,6 +94,12 @@ def update_bn(
             layer.running_var.copy_(found.m2 / max(found.count - 1, 1))
             if layer.num_batches_tracked is not None:
                 layer.num_batches_tracked.fill_(batches)
+
+
+def tracking_layers(model: nn.Module) -> dict[str, _BatchNorm]:
+    """The BatchNorm layers with running statistics, by name."""
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm)}
+    return {name: m for name, m in layers.items() if m.track_running_stats and m.running_mean is not None}
 
 
 class _Statistics:
@@ -131,12 +137,14 @@ def _batch_statistics(layers: dict[str, _BatchNorm], statistics: dict[_BatchNorm
         def observe(layer, args, kwargs):
             layer.track_running_stats = False  # here, not earlier: a lazy layer makes its buffers in its first call
             x = args[0] if args else kwargs["input"]
+            if x.dim() < 2:
+                return  # which the layer itself refuses
             if x.numel() < 2 * x.shape[1] and not isinstance(layer, nn.SyncBatchNorm):
                 raise ValueError(
                     f"update_bn: every batch must give layer {name!r} at least 2 values per channel, got an "
                     f"input {tuple(x.shape)}; drop the last batch, or make batches larger"
                 )
-            if x.numel():
+            if x.numel():  # SyncBatchNorm takes empty batches
                 statistics[layer].add(x)
 
         return observe
