@@ -167,6 +167,9 @@ def test_bad_input(tmp_path):
         fge.load_state_dict({"members": []})
     with pytest.raises(ValueError, match="FGE.load_state_dict: state was saved without a schedule"):
         fge.load_state_dict(empty.state_dict())
+    for members in (3, [3], [{"0.weight": 3}]):
+        with pytest.raises(ValueError, match="FGE.load_state_dict: state.'members'. must be a list of dicts"):
+            fge.load_state_dict({**fge.state_dict(), "members": members})
     wide = lsf.FGE(nn.Sequential(nn.Linear(6, 7), *network()[1:]))
     with pytest.raises(ValueError, match=r"FGE.load_state_dict: 0.weight must have shape \(7, 6\), got \(7, 5\)"):
         wide.load_state_dict(fge.state_dict())

@@ -146,7 +146,9 @@ class FGE:
         name = "FGE.load_state_dict"
         if not isinstance(state, Mapping) or not {"members", "schedule"} <= state.keys():
             raise ValueError(f"{name}: state must have the keys members and schedule")
-        if self.schedule is not None and state["schedule"] is None:
+        if not isinstance(state["members"], Sequence) or not all(map(_is_network, state["members"])):
+            raise ValueError(f"{name}: state['members'] must be a list of dicts of tensors")
+        if self.schedule is not None and not isinstance(state["schedule"], Mapping):
             raise ValueError(f"{name}: state was saved without a schedule and cannot resume one")
         ours = _tensors(self.model)
         members = [dict(zip(ours, match(name, ours, member), strict=True)) for member in state["members"]]
@@ -182,6 +184,10 @@ class _Member(dict):
 
     def averages(self) -> dict[str, torch.Tensor]:
         return self
+
+
+def _is_network(member: object) -> bool:
+    return isinstance(member, Mapping) and all(isinstance(t, torch.Tensor) for t in member.values())
 
 
 def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -28,7 +28,7 @@ class AveragingCallback(TrainerCallback):
 
     The average is updated after optimizer steps (not after the batches between them, where gradients accumulate), or
     after the last step of an epoch. Each checkpoint folder gets it as ``weight_average.pt``, written whole or not at
-    all, and ``train(resume_from_checkpoint=...)`` goes on with it.
+    all, and ``train(resume_from_checkpoint=...)`` goes on with it; not so in a hyperparameter search.
 
     Evaluations during training see the weights being trained: the Trainer has no event before them. A trainer class
     that begins with :class:`EvaluateAverage` evaluates the average instead.
@@ -100,7 +100,7 @@ class AveragingCallback(TrainerCallback):
             self.average.update_parameters(model)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
-        if args.should_save:
+        if args.should_save and not state.is_hyper_param_search:  # an event does not tell a trial's folder
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             save_state(self.average.state_dict(), folder / FILE)
 
