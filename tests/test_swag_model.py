@@ -212,6 +212,8 @@ class Clash(nn.Module):
         (Net(), {"max_num_models": True}, TypeError, "must be an int"),
         (Net(), {"deviations_dtype": torch.float64}, TypeError, "deviations_dtype must be"),
         (nn.Linear(2, 2, dtype=torch.complex64), {}, TypeError, "weight must have a floating dtype"),
+        (nn.LazyLinear(2), {}, ValueError, "weight must hold values"),
+        (nn.Linear(2, 2, device="meta"), {}, ValueError, "weight must hold values"),
         (Clash(), {}, ValueError, "a buffer has the name"),
     ],
 )

@@ -110,3 +110,5 @@ def test_swag_refuses_swa_gaussian_states():
         lsf.SWAG.from_swa_gaussian(truncated, model)
     diagonal = {k: v for k, v in good.items() if "cov" not in k}
     assert lsf.SWAG.from_swa_gaussian(diagonal, model).no_cov_mat
+    none_kept = {k: v[:0] if "cov" in k else v for k, v in good.items()}
+    assert lsf.SWAG.from_swa_gaussian(none_kept, model).no_cov_mat

@@ -65,13 +65,13 @@ def update_bn(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"update_bn: model must be a torch.nn.Module, got {type(model).__name__}")
-    if getattr(model, "module", model) is None:
-        raise RuntimeError(
-            f"update_bn: a sharded {type(model).__name__} holds no model; put its weights into the live one"
-        )
     limit = _num_batches(loader, subset)
     layers = tracking_layers(model)
     if not layers:
+        if getattr(model, "_sharded", False):
+            raise RuntimeError(
+                f"update_bn: a sharded {type(model).__name__} holds no model; put its weights into the live one"
+            )
         return
     statistics = {layer: _Statistics() for layer in layers.values()}
     batches, error = 0, None

@@ -26,30 +26,31 @@ class Pairing:
     def __init__(self, caller: str, holder: nn.Module, model: nn.Module, average_buffers: bool):
         self._holder, self._model = holder, weakref.ref(model, self._forget)
         self._fsdp = [m for m in model.modules() if hasattr(m, "unshard") and hasattr(m, "reshard")]
-        pairs = [
-            self._pairs(caller, named(holder), named(model))
-            for named in (tensors.named_parameters, tensors.named_buffers)
-        ]
-        averaged = pairs[0] + (pairs[1] if average_buffers else [])
-        floating = [(n, a, v) for n, a, v in averaged if a.is_floating_point() or a.is_complex()]
-        chosen = {id(a) for _, a, _ in floating}
-        self.names, self._averages, self._values = ([*column] for column in _columns(floating))
-        _, self._copies, self._sources = (
-            [*column] for column in _columns([pair for pair in pairs[0] + pairs[1] if id(pair[1]) not in chosen])
-        )
+        self.names: list[str] = []
+        self._averages, self._values, self._copies, self._sources = [], [], [], []
+        for averaged, named in ((True, tensors.named_parameters), (average_buffers, tensors.named_buffers)):
+            ours, theirs = named(holder), named(model)
+            require_weights(caller, theirs)
+            for (name, a), v in zip(ours.items(), tensors.match(caller, ours, theirs), strict=True):
+                if averaged and (a.is_floating_point() or a.is_complex()):
+                    self.names.append(name)
+                    self._averages.append(a)
+                    self._values.append(v)
+                else:
+                    self._copies.append(a)
+                    self._sources.append(v)
         self._views = any(tensors.is_sharded(t) or t.is_complex() for t in chain(self._averages, self._copies))
         modules = [*holder.modules(), *model.modules()]
         self._members = [d for m in modules for d in (m._parameters, m._buffers, m._modules)]
-        self._seen = [*chain.from_iterable(map(dict.values, self._members))]
+        self._filled = [d for d in self._members if d]
+        self._seen = [*chain.from_iterable(map(dict.values, self._filled))]
         self._devices = self._first_devices()
-
-    @staticmethod
-    def _pairs(caller, ours, theirs):
-        require_weights(caller, theirs)
-        return [*zip(ours, ours.values(), tensors.match(caller, ours, theirs), strict=True)]
+        devices = lambda ts: [tensors.local(t).device for t in ts]
+        self.moves = devices(self._averages) != devices(self._values)  # from the model's devices to the averages'
 
     def _forget(self, _) -> None:
-        self._members, self._seen, self._values, self._sources, self._fsdp = [], [], [], [], []
+        self._members, self._filled, self._seen, self._fsdp = [], [], [], []
+        self._values, self._sources = [], []
 
     def _first_devices(self) -> list[torch.device]:
         first = [*self._averages[:1], *self._values[:1], *self._copies[:1], *self._sources[:1]]
@@ -61,7 +62,7 @@ class Pairing:
             return False
         for module in self._fsdp:
             module.reshard()
-        now = chain.from_iterable(map(dict.values, self._members))
+        now = chain.from_iterable(map(dict.values, self._filled))
         same = sum(map(len, self._members)) == len(self._seen) and all(map(operator.is_, self._seen, now))
         return same and self._devices == self._first_devices()
 
@@ -69,11 +70,6 @@ class Pairing:
         """(averages, values, copies, sources): what is averaged and what is copied; of shards what lies here."""
         found = (self._averages, self._values, self._copies, self._sources)
         return tuple([_real(tensors.local(t)) for t in ts] for ts in found) if self._views else found
-
-    @property
-    def moves(self) -> bool:
-        """Whether averages are on another device than the model, by the first of them."""
-        return self._devices[::2] != self._devices[1::2]
 
     def refuse_nonfinite(self, caller: str) -> None:
         """One flag for all values, and for all ranks that hold a part of them."""
@@ -88,10 +84,6 @@ class Pairing:
             bad = [name for name, v in zip(self.names, values, strict=True) if not v.isfinite().all()]
             where = tensors.some(bad) or "other ranks' shards"
             raise ValueError(f"{caller}: the model's weights must be finite, got NaN or inf in {where}")
-
-
-def _columns(pairs):
-    return zip(*pairs, strict=True) if pairs else ((), (), ())
 
 
 def _real(tensor: torch.Tensor) -> torch.Tensor:

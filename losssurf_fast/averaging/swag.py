@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.nn.parameter import is_lazy
 
 from losssurf_fast import ops
 from losssurf_fast.averaging import swag_convert, swag_density, swag_predict
@@ -72,6 +73,8 @@ class SWAG(nn.Module):
             raise TypeError(f"SWAG: deviations_dtype must be float32, bfloat16 or float16, got {deviations_dtype}")
         parameters = named_parameters(model)
         for name, p in parameters.items():
+            if is_lazy(p) or p.is_meta:
+                raise ValueError(f"SWAG: {name} must hold values; run a lazy model once, materialise one on meta")
             if p.dtype not in AVERAGING_DTYPES:
                 raise TypeError(f"SWAG: {name} must have a floating dtype of {AVERAGING_DTYPES}, got {p.dtype}")
         self._mesh = mesh_of("SWAG", parameters.values())
@@ -92,7 +95,8 @@ class SWAG(nn.Module):
         self._collected_buffers = {n: b.detach().to(device or b.device, copy=True) for n, b in buffers.items()}
         if len(self.state_dict()) != 1 + len(parameters) * (2 if no_cov_mat else 3) + len(buffers):
             raise ValueError("SWAG: a buffer has the name of a parameter's moment (X_mean, X_m2 or X_deviations)")
-        self.module = None if self._mesh is not None else copy.deepcopy(unwrap(model)).to(device)
+        self._sharded = self._mesh is not None  # update_bn asks
+        self.module = None if self._sharded else copy.deepcopy(unwrap(model)).to(device)
         self._drawn = False
 
     @torch.no_grad()

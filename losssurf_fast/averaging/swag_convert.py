@@ -37,6 +37,8 @@ def from_swa_gaussian(cls, state_dict, model, max_num_models, deviations_dtype, 
             f"rows {sorted(ranks)}"
         )
     found = ranks.pop() if ranks else 0
+    if found == 0 < n:  # its class keeps none by default, under a key all the same
+        state_dict = {k: v for k, v in state_dict.items() if not k.endswith("_cov_mat_sqrt")}
     kept = (found if 0 < found < n else max(found, 20)) if max_num_models is None else max_num_models
     swag = cls(
         model, max_num_models=kept, no_cov_mat=not any(k.endswith("_cov_mat_sqrt") for k in state_dict),
@@ -53,7 +55,7 @@ def from_swa_gaussian(cls, state_dict, model, max_num_models, deviations_dtype, 
     suffixes = _SUFFIXES[: 2 if swag.no_cov_mat else 3]
     keys = [f"base.{name}{suffix}" for name in swag.averages() for suffix in suffixes]
     keys += ["n_models", *(f"base.{name}" for name in swag._collected_buffers)]
-    check_entries("from_swa_gaussian: state_dict", keys, state_dict)
+    check_entries("from_swa_gaussian: state_dict", set(keys), state_dict)
     state = {"n_models": torch.tensor(n)}
     for name, mean in swag.averages().items():
         parts = [state_dict[f"base.{name}{suffix}"] for suffix in suffixes]
