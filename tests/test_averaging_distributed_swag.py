@@ -196,6 +196,7 @@ def ranks(rank, folder):
     update_bn_ranks(rank)
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_swag_and_update_bn_on_two_ranks(tmp_path):
     """One pair of processes, as starting them is most of the time; then the checkpoint of two is loaded on one."""
     run_ranks(ranks, str(tmp_path))

@@ -92,6 +92,22 @@ def test_update_bn_batches(wrap, device):
     assert_statistics(model.bn, data + 2, 3)
 
 
+def test_update_bn_moves_tensors_inside_batches():
+    class Nested(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bn = nn.BatchNorm1d(3, device="meta")
+
+        def forward(self, x):
+            (a, b), more = x
+            assert isinstance(x, tuple) and more == {"text": "kept", "list": [a.shape[0]]}
+            return self.bn(a + b)
+
+    model, data = Nested(), torch.randn(6, 3)
+    lsf.update_bn([(((data, data), {"text": "kept", "list": [6]}), 0)] * 2, model, "meta")
+    assert model.bn.running_var.is_meta
+
+
 def state_of(model):
     flags = [(m.training, getattr(m, "momentum", 0), getattr(m, "track_running_stats", 0)) for m in model.modules()]
     return (

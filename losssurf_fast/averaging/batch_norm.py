@@ -223,7 +223,8 @@ def _to(value, device):
     if isinstance(value, Mapping):
         return {key: _to(v, device) for key, v in value.items()}
     if isinstance(value, tuple | list):
-        return [_to(v, device) for v in value]
+        moved = [_to(v, device) for v in value]
+        return tuple(moved) if isinstance(value, tuple) else moved
     return value
 
 
