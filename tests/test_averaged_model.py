@@ -225,6 +225,11 @@ def test_update_refuses_another_model_and_changes_nothing(case, warm):
     assert_states(averaged.state_dict(), before, exact=True)
 
 
+def test_update_wants_a_module():
+    with pytest.raises(TypeError, match="update_parameters: model must be a torch.nn.Module, got dict"):
+        lsf.AveragedModel(Net()).update_parameters({})
+
+
 def test_nan_is_averaged_or_refused():
     model = Net()
     trusting, careful = lsf.AveragedModel(model), lsf.AveragedModel(model, check_finite=True, update_every=2)

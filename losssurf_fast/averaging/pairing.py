@@ -5,11 +5,11 @@ import weakref
 from itertools import chain
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from losssurf_fast.averaging import tensors
 from losssurf_fast.averaging.holder import require_weights
+from losssurf_fast.averaging.mesh import all_reduce_
 
 
 class Pairing:
@@ -74,13 +74,12 @@ class Pairing:
     def refuse_nonfinite(self, caller: str) -> None:
         """One flag for all values, and for all ranks that hold a part of them."""
         values = self.lists()[1]
-        finite = _finite(values)
+        broken = _nonfinite(values)
         meshes = {v.device_mesh for v in self._values if tensors.is_sharded(v)}
         for mesh in sorted(meshes, key=lambda m: (m.size(), m.mesh.flatten().tolist())):  # in one order on every rank
-            for dimension in range(mesh.ndim):
-                finite = finite.to(mesh.device_type)
-                dist.all_reduce(finite, dist.ReduceOp.MIN, group=mesh.get_group(dimension))
-        if not finite.item():
+            broken = broken.to(mesh.device_type)
+            all_reduce_(broken, mesh)
+        if broken.item():
             bad = [name for name, v in zip(self.names, values, strict=True) if not v.isfinite().all()]
             where = tensors.some(bad) or "other ranks' shards"
             raise ValueError(f"{caller}: the model's weights must be finite, got NaN or inf in {where}")
@@ -90,10 +89,11 @@ def _real(tensor: torch.Tensor) -> torch.Tensor:
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
-def _finite(values: list[torch.Tensor]) -> torch.Tensor:
-    """0-d int32: 1 where no value is NaN or infinite. The largest magnitude tells, read in one pass."""
+def _nonfinite(values: list[torch.Tensor]) -> torch.Tensor:
+    """0-d int32: 1 where a value is NaN or infinite. The largest magnitude tells, read in one pass."""
     values = [v for v in values if v.numel()]
     if not values:
-        return torch.ones((), dtype=torch.int32)
+        return torch.zeros((), dtype=torch.int32)
     largest = torch._foreach_norm(values, float("inf"))
-    return torch.stack([x.to(largest[0].device, torch.float64) for x in largest]).isfinite().all().int()
+    largest = torch.stack([x.to(largest[0].device, torch.float64) for x in largest])
+    return largest.isfinite().all().logical_not().int()
