@@ -159,7 +159,7 @@ template <class F, class D, int Group>
 __global__ void __launch_bounds__(kThreads)
     swag_sample(const __grid_constant__ SampleTable table, const __grid_constant__ Sample<F> s) {
   static_assert(sizeof table + sizeof s <= kArguments);
-  __shared__ __align__(16) F coefficients[kCoefficients<F>];
+  alignas(16) __shared__ F coefficients[kCoefficients<F>];
   const SampleOptions& options = s.options;
   const int rank = options.rank, samples = static_cast<int>(options.samples);
   const Noise noise = {{static_cast<uint32_t>(*options.seed), static_cast<uint32_t>(*options.seed >> 32)}};
