@@ -223,8 +223,8 @@ def test_every_element_is_visited_once(library, blocks):
     visits = np.zeros((count, 4), np.int64)
     library.visits(sizes, LONG(len(numels)), LONG(blocks), POINTER(visits.ctypes.data), ctypes.byref(rows))
     launch, tensor, first, n = visits[np.lexsort((visits[:, 2], visits[:, 1]))].T
-    assert rows.value > 1000 and launch.max() == 3 and n.min() >= 1 and n.max() == 8192
-    assert np.array_equal(np.unique(launch, return_counts=True)[0], np.arange(4))
+    assert rows.value > 1000 and n.min() >= 1 and n.max() == 8192
+    assert np.unique(launch).tolist() == [0, 1, 2]  # for 3005 tensors with elements
     begins, ends = tensor[:-1] != tensor[1:], first + n
     assert np.array_equal(first[1:], np.where(begins, 0, ends[:-1])) and first[0] == 0
     totals = np.bincount(tensor, n, minlength=len(numels))

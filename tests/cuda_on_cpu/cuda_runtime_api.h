@@ -4,8 +4,9 @@
 #include <stdint.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <functional>
-#include <vector>
+#include <memory>
 
 #define __global__
 #define __device__
@@ -27,50 +28,42 @@ struct Index {
 };
 inline Index threadIdx, blockIdx, gridDim;
 
-class Block {
- public:
-  Block(unsigned threads, std::function<void()> body) : fibers_(threads) {
-    body_ = body;
-    for (Fiber& fiber : fibers_) {
-      fiber.stack.resize(1 << 17);
-      getcontext(&fiber.context);
-      fiber.context.uc_stack.ss_sp = fiber.stack.data();
-      fiber.context.uc_stack.ss_size = fiber.stack.size();
-      fiber.context.uc_link = &scheduler_;
-      makecontext(&fiber.context, run, 0);
-    }
-    for (bool any = true; any;) {
-      any = false;
-      for (threadIdx.x = 0; threadIdx.x < threads; ++threadIdx.x) {
-        now_ = &fibers_[threadIdx.x];
-        if (now_->done) continue;
-        swapcontext(&scheduler_, &now_->context);
-        any = any || !now_->done;
-      }
-    }
-  }
-  static void wait() { swapcontext(&now_->context, &scheduler_); }
-
- private:
-  struct Fiber {
-    ucontext_t context;
-    std::vector<char> stack;
-    bool done = false;
-  };
-  static void run() {
-    body_();
-    now_->done = true;
-  }
-  std::vector<Fiber> fibers_;
-  static inline std::function<void()> body_;
-  static inline ucontext_t scheduler_;
-  static inline Fiber* now_;
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack;
+  bool done;
 };
-inline void __syncthreads() { Block::wait(); }
+constexpr int kFibers = 256;
+inline Fiber fibers[kFibers];
+inline ucontext_t scheduler;
+inline std::function<void()> fiber_body;
 
-// What csrc/cuda/multi_tensor.cuh does with <<<>>>
+inline void __syncthreads() { swapcontext(&fibers[threadIdx.x].context, &scheduler); }
+
+inline void run_block(std::function<void()> body) {
+  constexpr size_t kStack = 1 << 17;
+  fiber_body = body;
+  for (Fiber& fiber : fibers) {
+    if (!fiber.stack) fiber.stack = std::make_unique_for_overwrite<char[]>(kStack);
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.get();
+    fiber.context.uc_stack.ss_size = kStack;
+    fiber.context.uc_link = &scheduler;
+    fiber.done = false;
+    makecontext(&fiber.context, [] { fiber_body(), fibers[threadIdx.x].done = true; }, 0);
+  }
+  for (bool any = true; any;) {
+    any = false;
+    for (threadIdx.x = 0; threadIdx.x < kFibers; ++threadIdx.x) {
+      Fiber& fiber = fibers[threadIdx.x];
+      if (!fiber.done) any = true, swapcontext(&scheduler, &fiber.context);
+    }
+  }
+}
+
+// What csrc/cuda/multi_tensor.cuh does with <<<>>>, in a small grid: its kernels stride over any.
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), unsigned blocks, cudaStream_t, const Arguments&... arguments) {
-  gridDim.x = blocks;
-  for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) Block(256, [&] { kernel(arguments...); });
+  gridDim.x = std::min(blocks, 3u);
+  for (blockIdx.x = 0; blockIdx.x < gridDim.x; ++blockIdx.x) run_block([&] { kernel(arguments...); });
 }
