@@ -15,14 +15,17 @@ except ImportError as error:
     ) from error
 
 from losssurf_fast import nn
+from losssurf_fast.averaging import AveragedModel, averaged_weights
 from losssurf_fast.conversion import ConversionReport, conversion_report, to_lrt
 from losssurf_fast.objective import ELBOLoss, kl_divergence
 from losssurf_fast.prediction import predict, prediction
 
 __version__ = "0.1.0"
 __all__ = [
+    "AveragedModel",
     "ConversionReport",
     "ELBOLoss",
+    "averaged_weights",
     "conversion_report",
     "kernel_for",
     "kl_divergence",

@@ -1,7 +1,9 @@
 // The kernels of one instruction set, compiled for the target that the including file has set.
+#include "averaging_kernels.h"
 #include "kl_kernels.h"
 #include "lrt_kernels.h"
 #include "noise_kernels.h"
+#include "swag_kernels.h"
 
 extern const Kernels LSF_ISA;
 const Kernels LSF_ISA = {
@@ -13,4 +15,7 @@ const Kernels LSF_ISA = {
     map,
     kl_sum,
     kl_scale,
+    lerp,
+    swag_collect,
+    swag_sample,
 };

@@ -59,6 +59,20 @@ struct Prior {
   float inverse_std, log_variance;
 };
 
+// A parameter and what swag_sample makes of it: ops/swag.py.
+struct SwagParameter {
+  NoiseStream noise;           // of the first sample, at the parameter's first element
+  int64_t run, stride;         // element i has noise column i / run stride + i % run from there
+  const float *mean, *m2;
+  Matrix columns;              // the `rank` deviations
+  int64_t rank;
+  const float* coefficients;   // [samples, rank]
+  float variance_scale;        // var = m2 variance_scale
+  int64_t samples;
+  Matrix out;                  // a row for each sample
+  bool past_caches;            // out is too large to be read from there
+};
+
 struct Kernels {
   const char* instruction_set;
   // out = noise; tiles in fp32 that hold whole quads of whole rows, or of one row, may be of any size
@@ -76,6 +90,12 @@ struct Kernels {
   double (*kl_sum)(KL, Prior, int64_t n, const Array* in, const Array* slopes);
   // out = scale in
   void (*kl_scale)(float scale, int64_t n, const Array* in, const Array* out);
+  // average += weight (value - average), by torch.lerp's formula
+  void (*lerp)(double weight, int64_t n, Array value, Array average);
+  // One more model into n elements of the moments; weight = 1 / (its number, from 1). deviation.data may be null.
+  void (*swag_collect)(float weight, bool first, int64_t n, float* mean, float* m2, Array value, Array deviation);
+  // Elements [begin, begin + n) of all samples of a parameter
+  void (*swag_sample)(const SwagParameter&, int64_t begin, int64_t n);
 };
 
 // Kernels of the best instruction set of this CPU, or of the one chosen by use_instruction_set.

@@ -89,26 +89,6 @@ double kl_sum_double(KL kind, double prior_std, int64_t n, const double* param, 
 
 // ---- lists ------------------------------------------------------------------------------------------------
 
-// Elements [begin, begin + n) of tensor `index` of a list: what one kernel call covers.
-struct Chunk {
-  size_t index;
-  int64_t begin, n;
-};
-
-std::vector<Chunk> chunks_of(at::TensorList tensors) {
-  std::vector<Chunk> chunks;
-  for (size_t index = 0; index < tensors.size(); ++index)
-    for (int64_t begin = 0, numel = tensors[index].numel(); begin < numel; begin += kTile)
-      chunks.push_back({index, begin, std::min<int64_t>(kTile, numel - begin)});
-  return chunks;
-}
-
-template <class Body> void for_chunks(const std::vector<Chunk>& chunks, const Body& body) {
-  at::parallel_for(0, chunks.size(), 8, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) body(chunks[i], i);
-  });
-}
-
 std::vector<Tensor> contiguous(at::TensorList tensors) {
   std::vector<Tensor> result;
   for (const Tensor& t : tensors) result.push_back(t.contiguous());
@@ -126,11 +106,11 @@ std::tuple<Tensor, Slopes> kl_forward(KL kind, double prior_std, at::TensorList 
     for (const Tensor& t : params) slopes.push_back(at::empty_like(t));
     for (const Tensor& t : weights) slopes.push_back(at::empty_like(t));
   }
-  const std::vector<Chunk> chunks = chunks_of(params);
+  const std::vector<Chunk> chunks = chunks_of(params, kTile);
   std::vector<double> sums(chunks.size());
   const auto kernel = kernels().kl_sum;
   const Prior prior{static_cast<float>(1 / prior_std), static_cast<float>(2 * std::log(prior_std))};
-  for_chunks(chunks, [&](Chunk chunk, int64_t i) {
+  for_chunks(chunks, 8, [&](Chunk chunk, int64_t i) {
     const auto [index, begin, n] = chunk;
     if (params[index].scalar_type() == at::kDouble) {
       const auto at = [=](const Tensor& t) { return t.data_ptr<double>() + begin; };
@@ -183,7 +163,7 @@ std::tuple<Tensor, Slopes> kl_normal_slopes_cpu(at::TensorList log_sigma2, at::T
 void scale(at::TensorList slopes, const Tensor& grad, at::IntArrayRef counts, at::TensorList out) {
   const double factor = grad.item<double>();
   const auto kernel = kernels().kl_scale;
-  for_chunks(chunks_of(slopes), [&](Chunk chunk, int64_t) {
+  for_chunks(chunks_of(slopes, kTile), 8, [&](Chunk chunk, int64_t) {
     const auto [index, begin, n] = chunk;
     const double scale = factor * counts[index];
     if (slopes[index].scalar_type() == at::kDouble) {

@@ -43,6 +43,7 @@ LSF_INLINE Floats fused_mul_add(Floats a, Floats b, Floats c) {
   return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 }
 LSF_INLINE Floats sqrt_rn(Floats x) { return (Floats)_mm512_sqrt_ps((__m512)x); }
+LSF_INLINE void store_past_caches(void* p, Floats x) { _mm512_stream_ps((float*)p, (__m512)x); }  // p is aligned
 LSF_INLINE Floats to_float(Words x) { return __builtin_convertvector(x, Floats); }
 LSF_INLINE void quarter_turn(Words turn, Floats& x, Floats& y) {
   const __mmask16 turns = _mm512_test_epi32_mask((__m512i)turn, _mm512_set1_epi32(1 << 30));
@@ -75,6 +76,7 @@ LSF_INLINE Floats fused_mul_add(Floats a, Floats b, Floats c) {
   return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
 }
 LSF_INLINE Floats sqrt_rn(Floats x) { return (Floats)_mm256_sqrt_ps((__m256)x); }
+LSF_INLINE void store_past_caches(void* p, Floats x) { _mm256_stream_ps((float*)p, (__m256)x); }
 LSF_INLINE Floats to_float(Words x) {  // high half exact, low half added in one rounding
   return fused_mul_add(signed_to_float(x >> 16), splat(65536.0f), signed_to_float(x & 0xFFFFu));
 }
@@ -106,6 +108,7 @@ LSF_INLINE Floats fused_mul_add(Floats a, Floats b, Floats c) {
   return c;
 }
 LSF_INLINE Floats sqrt_rn(Floats x) { return (Floats)_mm_sqrt_ps((__m128)x); }
+LSF_INLINE void store_past_caches(void* p, Floats x) { _mm_stream_ps((float*)p, (__m128)x); }
 LSF_INLINE Floats to_float(Words x) {
   Floats y;
   for (int i = 0; i < kLanes; ++i) y[i] = to_float(x[i]);
@@ -161,10 +164,16 @@ LSF_INLINE void mul_hi_lo(WideWords a, uint32_t m, WideWords& hi, WideWords& lo)
 }
 
 LSF_INLINE Floats from_bfloat(const uint16_t* p) {
+#if LSF_LANES == 16
+  return float_of((Words)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)) << 16);
+#elif LSF_LANES == 8
+  return float_of((Words)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)) << 16);
+#else
   typedef uint16_t Shorts __attribute__((vector_size(2 * kLanes)));
   Shorts x;
   memcpy(&x, p, sizeof x);
   return float_of(__builtin_convertvector(x, Words) << 16);
+#endif
 }
 LSF_INLINE void to_bfloat(Floats x, uint16_t* p) {  // nearest even; NaN stays NaN
   typedef uint16_t Shorts __attribute__((vector_size(2 * kLanes)));
@@ -250,6 +259,27 @@ LSF_INLINE void narrow(DType t, const float* staged, ptrdiff_t n, void* row) {
     if (i < n) to_half(load(staged + i, Part{n - i}), last);
   }
   for (ptrdiff_t j = i; j < n; ++j) p[j] = last[j - i];
+}
+
+// Copies past the caches, for a result that is not read soon. The caller ends with a fence: _mm_sfence.
+LSF_INLINE void stream(const void* from, size_t bytes, void* to) {
+  constexpr size_t kLine = 64;
+  const size_t head = -(size_t)to % kLine, first = head < bytes ? head : bytes;
+  memcpy(to, from, first);
+  size_t i = first;
+  for (; i + kLine <= bytes; i += kLine)
+    for (size_t part = i; part < i + kLine; part += sizeof(Floats)) {
+      Floats x;
+      memcpy(&x, (const char*)from + part, sizeof x);
+      store_past_caches((char*)to + part, x);
+    }
+  memcpy((char*)to + i, (const char*)from + i, bytes - i);
+}
+// A row of fp32 results into memory of any dtype, past the caches; scratch holds the row in 16 bits.
+LSF_INLINE void stream(DType t, const float* staged, ptrdiff_t n, uint16_t* scratch, void* row) {
+  narrow(t, staged, n, scratch);
+  if (t == DType::f32) stream(staged, 4 * n, row);
+  else stream(scratch, 2 * n, row);
 }
 
 }  // namespace

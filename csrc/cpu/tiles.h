@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <algorithm>
+#include <vector>
 
 #include "kernels.h"
 
@@ -49,6 +50,27 @@ template <class Body> void for_tiles(int64_t rows, int64_t cols, const Body& bod
       const int64_t row = i / across * tile_rows, col = i % across * tile_cols;
       body(Tile{row, std::min(tile_rows, rows - row), col, std::min(tile_cols, cols - col)});
     }
+  });
+}
+
+// Elements [begin, begin + n) of tensor `index` of a list: what one kernel call covers.
+struct Chunk {
+  size_t index;
+  int64_t begin, n;
+};
+
+inline std::vector<Chunk> chunks_of(at::TensorList tensors, int64_t size) {
+  std::vector<Chunk> chunks;
+  for (size_t index = 0; index < tensors.size(); ++index)
+    for (int64_t begin = 0, numel = tensors[index].numel(); begin < numel; begin += size)
+      chunks.push_back({index, begin, std::min(size, numel - begin)});
+  return chunks;
+}
+
+// Calls body(chunk, its number) in parallel, at least `grain` chunks in a thread.
+template <class Body> void for_chunks(const std::vector<Chunk>& chunks, int64_t grain, const Body& body) {
+  at::parallel_for(0, chunks.size(), grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) body(chunks[i], i);
   });
 }
 

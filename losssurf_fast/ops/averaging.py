@@ -25,6 +25,7 @@ from collections.abc import Sequence
 import torch
 
 from losssurf_fast._library import composite_needed, define
+from losssurf_fast.ops.noise import fma
 
 AVERAGING_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -32,11 +33,11 @@ AVERAGING_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def lerp_reference(averages, values, weight):
-    """``torch.lerp`` in fp32, or fp64 where either tensor is; the result rounded to the average's dtype."""
     _check_lists("lerp_", averages, values)
     for average, value in zip(averages, values, strict=True):
         wide = torch.promote_types(torch.promote_types(average.dtype, value.dtype), torch.float32)
-        average.copy_(torch.lerp(average.to(wide), value.to(wide), weight))
+        a, v = average.to(wide), value.to(wide)
+        average.copy_(fma(v - a, weight, a) if abs(weight) < 0.5 else fma(v - a, weight - 1, v))
 
 
 def ema_reference(averages, values, decays):
