@@ -22,6 +22,7 @@ struct Group {
 
 // averages[k P + i] <- lerp(averages[k P + i], values[i], weights[k]) for P values
 void average(const char* name, at::TensorList averages, at::TensorList values, at::ArrayRef<double> weights) {
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
   check_lerp(name, averages, values, weights.size());
   check_on_gpu(name, "averages", averages);
   const size_t size = values.size();

@@ -17,7 +17,8 @@ using at::Tensor;
 
 void swag_collect_cuda(at::TensorList mean, at::TensorList m2, at::TensorList deviations, at::TensorList values,
                        int64_t n) {
-  check_collect(mean, m2, deviations, values, n);
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  check_swag_collect(mean, m2, deviations, values, n);
   check_on_gpu("swag_collect_", "mean", mean);
   std::map<std::tuple<c10::DeviceIndex, FloatType, FloatType, FloatType>, std::vector<CollectTensors>> groups;
   std::vector<Tensor> sources;
@@ -45,9 +46,13 @@ void swag_collect_cuda(at::TensorList mean, at::TensorList m2, at::TensorList de
 void swag_sample_cuda(at::TensorList out, at::TensorList mean, at::TensorList m2, at::TensorList deviations,
                       const Tensor& seed, int64_t n, double scale, bool cov, bool block, int64_t sample,
                       int64_t num_samples, at::IntArrayRef places, int64_t num_params) {
-  check_sample(out, mean, m2, deviations, seed, n, num_samples, places);
-  check_on_gpu("swag_sample", "mean", mean);
-  if (mean.empty()) return;
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  check_swag_sample(out, mean, m2, deviations, n, num_samples, places);
+  TORCH_CHECK_VALUE(seed.is_cuda() && seed.numel() == 1, "swag_sample: seed must be a 0-d tensor on mean's GPU, got ",
+                    shape_and_device(seed.sizes(), seed));
+  for (const Tensor& a : mean)
+    TORCH_CHECK_VALUE(a.device() == seed.device(), "swag_sample: seed must be on ", a.device(), ", got ",
+                      seed.device());
   const int64_t held = cov && !deviations.empty() ? std::min(n, deviations[0].size(0)) : 0, rank = held > 1 ? held : 0;
   std::map<std::tuple<FloatType, FloatType, FloatType>, std::vector<SampleTensors>> groups;
   std::vector<Tensor> targets;
