@@ -38,7 +38,7 @@ LSF_INLINE float sqrt_rn(float x) { return __fsqrt_rn(x); }
 #else
 LSF_INLINE float sqrt_rn(float x) { return sqrtf(x); }
 #endif
-LSF_INLINE double fused_mul_add(double a, double b, double c) { return fma(a, b, c); }
+LSF_INLINE double fused_mul_add(double a, double b, double c) { return a * b + c; }  // rounded twice, as in plain torch
 LSF_INLINE double sqrt_rn(double x) { return sqrt(x); }
 // The second argument where either is NaN, as on x86.
 LSF_INLINE float minimum(float a, float b) { return a < b ? a : b; }

@@ -120,7 +120,8 @@ template <class F, class T> LSF_INLINE void store(const F (&x)[kWidth], T* to, b
   for (int e = 0; e < kWidth; ++e)
     if (e < left) convert(x[e], to[e]);
 }
-template <class F> LSF_INLINE void store(const F (&x)[kWidth], FloatType type, void* out, int64_t i, bool packs, int64_t left) {
+template <class F>
+LSF_INLINE void store(const F (&x)[kWidth], FloatType type, void* out, int64_t i, bool packs, int64_t left) {
   switch (type) {
     case FloatType::f64: return store(x, static_cast<double*>(out) + i, packs, left);
     case FloatType::f32: return store(x, static_cast<float*>(out) + i, packs, left);
@@ -159,7 +160,7 @@ template <class F, class D, int Group>
 __global__ void __launch_bounds__(kThreads)
     swag_sample(const __grid_constant__ SampleTable table, const __grid_constant__ Sample<F> s) {
   static_assert(sizeof table + sizeof s <= kArguments);
-  __shared__ __align__(16) F coefficients[kCoefficients<F>];
+  alignas(16) __shared__ F coefficients[kCoefficients<F>];
   const SampleOptions& options = s.options;
   const int rank = options.rank, samples = static_cast<int>(options.samples);
   const Noise noise = {{static_cast<uint32_t>(*options.seed), static_cast<uint32_t>(*options.seed >> 32)}};
@@ -174,10 +175,12 @@ __global__ void __launch_bounds__(kThreads)
       drawn = row;
     }
 
-    const int64_t i = first + threadIdx.x * kWidth, left = t.numel - i;
+    const int64_t i = first + threadIdx.x * kWidth, numel = t.numel, left = numel - i;
     if (left <= 0) return;
-    const bool packs = t.numel % kWidth == 0 && aligned(t.mean) && aligned(t.m2) && aligned(t.deviations) && aligned(t.out);
+    const bool packs =
+        numel % kWidth == 0 && aligned(t.mean) && aligned(t.m2) && aligned(t.deviations) && aligned(t.out);
     const Columns columns(t, i);
+    const D* deviations = static_cast<const D*>(t.deviations) + i;
     F mean[kWidth], m2[kWidth];
     load(static_cast<const F*>(t.mean) + i, packs, left, mean);
     load(static_cast<const F*>(t.m2) + i, packs, left, m2);
@@ -189,10 +192,10 @@ __global__ void __launch_bounds__(kThreads)
       constexpr int kAhead = 4;  // rows of deviations that are loaded together
 #pragma unroll 1
       for (int j = 0; j < rank; j += kAhead) {
-        F deviations[kAhead][kWidth];
+        F row[kAhead][kWidth];
 #pragma unroll
         for (int k = 0; k < kAhead; ++k)
-          if (j + k < rank) load(static_cast<const D*>(t.deviations) + (j + k) * t.numel + i, packs, left, deviations[k]);
+          if (j + k < rank) load(deviations + (j + k) * numel, packs, left, row[k]);
 #pragma unroll
         for (int k = 0; k < kAhead; ++k)
           if (j + k < rank)
@@ -200,7 +203,7 @@ __global__ void __launch_bounds__(kThreads)
             for (int g = 0; g < Group; ++g)
 #pragma unroll
               for (int e = 0; e < kWidth; ++e)
-                low_rank[g][e] = fused_mul_add(c[(j + k) * Group + g], deviations[k][e], low_rank[g][e]);
+                low_rank[g][e] = fused_mul_add(c[(j + k) * Group + g], row[k][e], low_rank[g][e]);
       }
 #pragma unroll 1
       for (int g = 0; g < Group && begin + g < samples; ++g) {
@@ -210,7 +213,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
         for (int e = 0; e < kWidth; ++e)
           weight[e] = swag_element(mean[e], m2[e], F(z[e]), low_rank[0][e], s.variance_scale);
-        store(weight, s.out, t.out, (s.skip + begin + g) * t.numel + i, packs, left);
+        store(weight, s.out, t.out, (s.skip + begin + g) * numel + i, packs, left);
 #pragma unroll
         for (int k = 1; k < Group; ++k)  // registers have no index: the next sample's move up
 #pragma unroll

@@ -24,10 +24,11 @@ from collections.abc import Sequence
 
 import torch
 
-from losssurf_fast._library import composite_needed, define
+from losssurf_fast._library import composite_needed, define, explain_missing
 from losssurf_fast.ops.noise import fma
 
 AVERAGING_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+NO_CUDA = "this build has no CUDA C++ kernels"
 
 # ---- definition -----------------------------------------------------------------------------------------------------
 
@@ -77,6 +78,7 @@ define(
     reference=ema_reference,
     fake=lambda averages, values, decays: _check_lists("ema_", averages, values, len(decays)),
 )
+explain_missing("cuda", NO_CUDA, "lerp_", "ema_")  # where it has, this is not asked
 
 # ---- public functions -----------------------------------------------------------------------------------------------
 

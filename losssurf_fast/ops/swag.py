@@ -30,8 +30,8 @@ from typing import NamedTuple
 
 import torch
 
-from losssurf_fast._library import define
-from losssurf_fast.ops.averaging import AVERAGING_DTYPES, as_tensors, call_in_place, refuse_leaves
+from losssurf_fast._library import define, explain_missing
+from losssurf_fast.ops.averaging import AVERAGING_DTYPES, NO_CUDA, as_tensors, call_in_place, refuse_leaves
 from losssurf_fast.ops.noise import MAX_COLUMNS, as_seed, check_stream, fma, philox_normal_reference
 
 DEVIATION_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -192,6 +192,7 @@ define(
         _check_sample(out, mean, m2, deviations, n, num_samples, places)
     ),
 )
+explain_missing("cuda", NO_CUDA, "swag_collect_", "swag_sample_")
 
 # ---- public functions -----------------------------------------------------------------------------------------------
 
