@@ -1,6 +1,6 @@
 // Running averages, one chunk of one tensor at a time.
 #pragma once
-#include "lrt_kernels.h"  // map_chunks
+#include "simd.h"
 
 #include "../averaging_math.h"  // after the overloads for lanes
 
