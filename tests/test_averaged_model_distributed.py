@@ -9,6 +9,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from distributed import run_ranks
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -124,6 +125,20 @@ def fsdp_half(rank):
         assert torch.equal(sharded(torch.ones(3, 4).bfloat16()), expected(torch.ones(3, 4).bfloat16()))
 
 
+def fsdp_wrapped_layers(rank):
+    """Layers in torch.compile and in activation checkpointing: the names are those without."""
+    model = network()
+    model[0] = torch.compile(model[0], backend="eager")
+    model[3] = checkpoint_wrapper(model[3])
+    sharded, plain = shard(model), network()
+    average, expected = lsf.AveragedModel(sharded), lsf.AveragedModel(plain)
+    for seed in range(2):
+        for m, a in ((sharded, average), (plain, expected)):
+            train(m, seed)
+            a.update_parameters(m)
+    assert_equal(whole(average.state_dict()), expected.state_dict())
+
+
 def refusals(rank):
     sharded = shard(network())
     average, careful = lsf.AveragedModel(network()), lsf.AveragedModel(sharded, check_finite=True)
@@ -169,7 +184,7 @@ def checkpoints(rank, folder):
 
 
 def rank_main(rank, folder):
-    for check in (ddp, fsdp_updates, fsdp_half, refusals):
+    for check in (ddp, fsdp_updates, fsdp_half, fsdp_wrapped_layers, refusals):
         check(rank)
     checkpoints(rank, folder)
 
@@ -190,7 +205,7 @@ def test_two_ranks_save_and_one_process_loads(folder):
         expected.update_parameters(model)
     average = lsf.AveragedModel(network())
     state = {"swa": average.state_dict()}
-    dcp.load(state, checkpoint_id=folder / "dcp")
+    dcp.load(state, checkpoint_id=folder / "dcp", no_dist=True)
     average.load_state_dict(state["swa"])
     assert_equal(average.state_dict(), expected.state_dict())
     full = torch.load(folder / "full.pt", weights_only=True)

@@ -135,6 +135,7 @@ class AveragedModel(nn.Module):
         """Average in the weights of ``model``, one of the names and shapes of the model at construction.
 
         Raises:
+            TypeError: ``model`` is no module, or has a weight in a dtype that cannot be averaged.
             ValueError: names, shapes or placements differ, or ``check_finite`` found NaN or inf, on any rank. Nothing
                 is changed, the count neither.
         """
@@ -193,6 +194,8 @@ class AveragedModel(nn.Module):
     # ---- within ------------------------------------------------------------------------------------------------------
 
     def _paired(self, caller: str, model: nn.Module) -> Pairing:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"{caller}: model must be a torch.nn.Module, got {type(model).__name__}")
         model, module = tensors.unwrap(model), self.module
         if self._pairing is None or not self._pairing.holds(module, model):
             self._pairing = None

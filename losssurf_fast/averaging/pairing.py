@@ -5,11 +5,11 @@ import weakref
 from itertools import chain
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from losssurf_fast.averaging import tensors
 from losssurf_fast.averaging.holder import require_weights
+from losssurf_fast.averaging.mesh import all_reduce_
 
 
 class Pairing:
@@ -26,30 +26,31 @@ class Pairing:
     def __init__(self, caller: str, holder: nn.Module, model: nn.Module, average_buffers: bool):
         self._holder, self._model = holder, weakref.ref(model, self._forget)
         self._fsdp = [m for m in model.modules() if hasattr(m, "unshard") and hasattr(m, "reshard")]
-        pairs = [
-            self._pairs(caller, named(holder), named(model))
-            for named in (tensors.named_parameters, tensors.named_buffers)
-        ]
-        averaged = pairs[0] + (pairs[1] if average_buffers else [])
-        floating = [(n, a, v) for n, a, v in averaged if a.is_floating_point() or a.is_complex()]
-        chosen = {id(a) for _, a, _ in floating}
-        self.names, self._averages, self._values = ([*column] for column in _columns(floating))
-        _, self._copies, self._sources = (
-            [*column] for column in _columns([pair for pair in pairs[0] + pairs[1] if id(pair[1]) not in chosen])
-        )
+        self.names: list[str] = []
+        self._averages, self._values, self._copies, self._sources = [], [], [], []
+        for averaged, named in ((True, tensors.named_parameters), (average_buffers, tensors.named_buffers)):
+            ours, theirs = named(holder), named(model)
+            require_weights(caller, theirs)
+            for (name, a), v in zip(ours.items(), tensors.match(caller, ours, theirs), strict=True):
+                if averaged and (a.is_floating_point() or a.is_complex()):
+                    self.names.append(name)
+                    self._averages.append(a)
+                    self._values.append(v)
+                else:
+                    self._copies.append(a)
+                    self._sources.append(v)
         self._views = any(tensors.is_sharded(t) or t.is_complex() for t in chain(self._averages, self._copies))
         modules = [*holder.modules(), *model.modules()]
         self._members = [d for m in modules for d in (m._parameters, m._buffers, m._modules)]
-        self._seen = [*chain.from_iterable(map(dict.values, self._members))]
+        self._filled = [d for d in self._members if d]
+        self._seen = [*chain.from_iterable(map(dict.values, self._filled))]
         self._devices = self._first_devices()
-
-    @staticmethod
-    def _pairs(caller, ours, theirs):
-        require_weights(caller, theirs)
-        return [*zip(ours, ours.values(), tensors.match(caller, ours, theirs), strict=True)]
+        devices = lambda ts: [tensors.local(t).device for t in ts]
+        self.moves = devices(self._averages) != devices(self._values)  # from the model's devices to the averages'
 
     def _forget(self, _) -> None:
-        self._members, self._seen, self._values, self._sources, self._fsdp = [], [], [], [], []
+        self._members, self._filled, self._seen, self._fsdp = [], [], [], []
+        self._values, self._sources = [], []
 
     def _first_devices(self) -> list[torch.device]:
         first = [*self._averages[:1], *self._values[:1], *self._copies[:1], *self._sources[:1]]
@@ -61,7 +62,7 @@ class Pairing:
             return False
         for module in self._fsdp:
             module.reshard()
-        now = chain.from_iterable(map(dict.values, self._members))
+        now = chain.from_iterable(map(dict.values, self._filled))
         same = sum(map(len, self._members)) == len(self._seen) and all(map(operator.is_, self._seen, now))
         return same and self._devices == self._first_devices()
 
@@ -70,38 +71,29 @@ class Pairing:
         found = (self._averages, self._values, self._copies, self._sources)
         return tuple([_real(tensors.local(t)) for t in ts] for ts in found) if self._views else found
 
-    @property
-    def moves(self) -> bool:
-        """Whether averages are on another device than the model, by the first of them."""
-        return self._devices[::2] != self._devices[1::2]
-
     def refuse_nonfinite(self, caller: str) -> None:
         """One flag for all values, and for all ranks that hold a part of them."""
         values = self.lists()[1]
-        finite = _finite(values)
+        broken = _nonfinite(values)
         meshes = {v.device_mesh for v in self._values if tensors.is_sharded(v)}
         for mesh in sorted(meshes, key=lambda m: (m.size(), m.mesh.flatten().tolist())):  # in one order on every rank
-            for dimension in range(mesh.ndim):
-                finite = finite.to(mesh.device_type)
-                dist.all_reduce(finite, dist.ReduceOp.MIN, group=mesh.get_group(dimension))
-        if not finite.item():
+            broken = broken.to(mesh.device_type)
+            all_reduce_(broken, mesh)
+        if broken.item():
             bad = [name for name, v in zip(self.names, values, strict=True) if not v.isfinite().all()]
             where = tensors.some(bad) or "other ranks' shards"
             raise ValueError(f"{caller}: the model's weights must be finite, got NaN or inf in {where}")
-
-
-def _columns(pairs):
-    return zip(*pairs, strict=True) if pairs else ((), (), ())
 
 
 def _real(tensor: torch.Tensor) -> torch.Tensor:
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
-def _finite(values: list[torch.Tensor]) -> torch.Tensor:
-    """0-d int32: 1 where no value is NaN or infinite. The largest magnitude tells, read in one pass."""
+def _nonfinite(values: list[torch.Tensor]) -> torch.Tensor:
+    """0-d int32: 1 where a value is NaN or infinite. The largest magnitude tells, read in one pass."""
     values = [v for v in values if v.numel()]
     if not values:
-        return torch.ones((), dtype=torch.int32)
+        return torch.zeros((), dtype=torch.int32)
     largest = torch._foreach_norm(values, float("inf"))
-    return torch.stack([x.to(largest[0].device, torch.float64) for x in largest]).isfinite().all().int()
+    largest = torch.stack([x.to(largest[0].device, torch.float64) for x in largest])
+    return largest.isfinite().all().logical_not().int()

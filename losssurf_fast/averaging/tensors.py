@@ -47,6 +47,13 @@ def named_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
     return {plain_name(name): b for name, b in unwrap(model).named_buffers()}
 
 
+def persistent_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The buffers of the model's state_dict, by plain name."""
+    model = unwrap(model)
+    transient = {f"{p}.{b}" if p else b for p, m in model.named_modules() for b in m._non_persistent_buffers_set}
+    return {plain_name(name): b for name, b in model.named_buffers() if name not in transient}
+
+
 def match(caller: str, ours: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
     """``theirs`` in the order of ``ours``.
 
