@@ -14,6 +14,7 @@ import pytest
 import torch
 from common import BF16, F16, F32, F64
 
+import losssurf_fast as lsf
 from losssurf_fast.ops.averaging import lerp_reference
 from losssurf_fast.ops.swag import swag_collect_reference, swag_sample_reference
 
@@ -209,6 +210,12 @@ def test_sample_of_parts(library, shift):
 def test_largest_rank(library):
     assert library.losssurf_swag_max_rank(TYPES.index(F32)) == 4096
     assert library.losssurf_swag_max_rank(TYPES.index(F64)) == 2048
+
+
+@pytest.mark.parametrize("op", ["lerp_", "ema_", "swag_collect_", "swag_sample_"])
+def test_kernel_for(op):
+    expected = "CUDA C++" if torch.version.cuda else "reference (plain torch): this build has no CUDA C++ kernels"
+    assert lsf.kernel_for(op, "cuda") == expected
 
 
 # ---- tables of tensors -----------------------------------------------------------------------------------------------

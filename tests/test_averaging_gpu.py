@@ -33,13 +33,6 @@ def assert_same(actual, expected):
         torch.testing.assert_close(a.cpu(), b, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.fixture
-def without_synchronisation():
-    torch.cuda.set_sync_debug_mode("error")
-    yield
-    torch.cuda.set_sync_debug_mode("default")
-
-
 # ---- lerp_, ema_ -----------------------------------------------------------------------------------------------------
 
 
@@ -88,17 +81,17 @@ def test_lerp_of_any_memory_format():
     assert wide[..., 1::2].isinf().all()
 
 
-def test_lerp_in_a_graph(without_synchronisation):
+def test_lerp_in_a_graph():
     averages, values = cuda(tensors(F32, 0)), cuda(tensors(BF16, 1))
-    start = [t.clone() for t in averages]
+    expected = [t.clone() for t in averages]
+    for _ in range(2):
+        lerp_(expected, values, 0.1)  # before the capture: loads the kernel
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         lerp_(averages, values, 0.1)
     for _ in range(2):
         graph.replay()
-        lerp_(start, values, 0.1)
-    torch.cuda.set_sync_debug_mode("default")
-    assert_same(averages, [t.cpu() for t in start])
+    assert_same(averages, [t.cpu() for t in expected])
 
 
 def test_versions_go_up():
@@ -165,20 +158,30 @@ def test_swag_sample_of_shards():
     assert_same(swag_sample(cuda(mean), cuda(m2), cuda(deviations), 6, 1, **options), expected)
 
 
-def test_swag_sample_in_a_graph(without_synchronisation):
-    torch.cuda.set_sync_debug_mode("default")
+def test_swag_sample_in_a_graph():
     state, on_gpu = collected(F32, BF16, SHAPES[:20])
     seed = torch.tensor(1, device="cuda")
-    out = cuda([torch.empty(3, *t.shape) for t in state[0]])
-    torch.cuda.set_sync_debug_mode("error")
+    out = swag_sample(*on_gpu, 6, seed, num_samples=3)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         swag_sample(*on_gpu, 6, seed, num_samples=3, out=out)
     for value in (4, -9):
         seed.fill_(value)
         graph.replay()
-        torch.cuda.set_sync_debug_mode("default")
         assert_same(out, swag_sample(*state, 6, value, num_samples=3))
+
+
+def test_nothing_waits_for_the_gpu():
+    _, (mean, m2, deviations) = collected(F32, BF16, SHAPES[:20])
+    values = [t.clone() for t in mean]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        lerp_(mean, values, 0.1)
+        ema_([mean, m2], values, [0.9, 0.99])
+        swag_collect_(mean, m2, deviations, values, 6)
+        swag_sample(mean, m2, deviations, 7, num_samples=2)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_swag_sample_of_too_many_columns():

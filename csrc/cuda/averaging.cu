@@ -44,9 +44,8 @@ template <class A, class V, int Count> struct Lerp {
 template <class A, class V, int Count>
 void lerp(const LerpTensors* tensors, int64_t num_tensors, const double* weights, int count, cudaStream_t stream) {
   Lerp<A, V, Count> functor;
-  for (int k = 0; k < Count; ++k) {
-    functor.weights[k] = LerpWeightIn<typename Lerp<A, V, Count>::F>::of(k < count ? weights[k] : 0);
-  }
+  typedef LerpWeightIn<typename Wide<A, V>::type> Weight;
+  for (int k = 0; k < Count; ++k) functor.weights[k] = Weight::of(k < count ? weights[k] : 0);
   const auto row_of = [&](int64_t i) {
     LerpRow<Count> row = {tensors[i].numel, tensors[i].value, {}};
     for (int k = 0; k < count; ++k) row.averages[k] = tensors[i].averages[k];

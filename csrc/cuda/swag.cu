@@ -167,12 +167,12 @@ __global__ void __launch_bounds__(kThreads)
   int64_t drawn = -1;  // row of the noise that the coefficients are from
 
   for_chunks(table, blockIdx.x, gridDim.x, [&](const SampleTensors& t, int64_t first, int) {
-    const int64_t row = options.num_params + (options.block ? 1 + t.row : 0);
-    if (rank > 0 && row != drawn) {
+    const int64_t z2_row = options.num_params + (options.block ? 1 + t.row : 0);
+    if (rank > 0 && z2_row != drawn) {
       __syncthreads();
-      draw_coefficients<F, Group>(s, noise, row, coefficients);
+      draw_coefficients<F, Group>(s, noise, z2_row, coefficients);
       __syncthreads();
-      drawn = row;
+      drawn = z2_row;
     }
 
     const int64_t i = first + threadIdx.x * kWidth, numel = t.numel, left = numel - i;

@@ -248,7 +248,7 @@ def swag_sample(
 
     Args:
         mean, m2, deviations, n: as :func:`swag_collect_` left them, n models after the last call. Empty deviations or
-            fewer than two columns give the diagonal part alone.
+            fewer than two columns give the diagonal part alone; a GPU takes up to 4096 columns, 2048 in float64.
         seed: an int or a 0-d int64 tensor on mean's device; None draws one from the default generator.
         scale: of the covariance, not negative. 1/2 is the paper's SWAG, 0 the mean.
         cov: whether the low-rank part is added.
