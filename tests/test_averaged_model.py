@@ -304,7 +304,7 @@ BAD_ARGUMENTS = [
     ({"decay": -0.1}, ValueError, r"decay must lie in \[0, 1\], got -0.1"),
     ({"decay": 1.5}, ValueError, r"decay must lie in \[0, 1\], got 1.5"),
     ({"decay": math.nan}, ValueError, r"decay must lie in \[0, 1\], got nan"),
-    ({"average_dtype": torch.int32}, ValueError, "average_dtype must be None or one of"),
+    ({"average_dtype": torch.int32}, ValueError, "average_dtype must be None, torch.int8 or one of"),
     ({"update_every": 2.0}, TypeError, "update_every must be an int, got float"),
     ({"update_every": 0}, ValueError, "update_every must be at least 1, got 0"),
     ({"offload": "disk"}, ValueError, "offload must be None or 'cpu', got 'disk'"),

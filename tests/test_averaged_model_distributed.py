@@ -139,6 +139,27 @@ def fsdp_wrapped_layers(rank):
     assert_equal(whole(average.state_dict()), expected.state_dict())
 
 
+def fsdp_int8(rank):
+    sharded, plain = shard(network()), network()
+    average, exact = lsf.AveragedModel(sharded, average_dtype=torch.int8), lsf.AveragedModel(plain)
+    for seed in range(2):
+        for m, a in ((sharded, average), (plain, exact)):
+            train(m, seed)
+            a.update_parameters(m)
+    held = average._modules["module"].get_submodule("3").weight._local_tensor
+    assert held.untyped_storage().nbytes() == 4 and held.shape == (3 - rank, 1)
+    state = whole(average.state_dict())
+    for name, value in exact.state_dict().items():
+        torch.testing.assert_close(state[name], value, rtol=0, atol=0.1)
+    other = lsf.AveragedModel(sharded, average_dtype=torch.int8)
+    other.load_state_dict(average.state_dict())
+    for a in (average, other):
+        a.update_parameters(sharded)
+    assert_equal(whole(other.state_dict()), whole(average.state_dict()))
+    with torch.no_grad(), lsf.averaged_weights(sharded, average):
+        assert torch.equal(sharded[0].weight._local_tensor, average.module.get_submodule("0").weight._local_tensor)
+
+
 def refusals(rank):
     sharded = shard(network())
     average, careful = lsf.AveragedModel(network()), lsf.AveragedModel(sharded, check_finite=True)
@@ -184,7 +205,7 @@ def checkpoints(rank, folder):
 
 
 def rank_main(rank, folder):
-    for check in (ddp, fsdp_updates, fsdp_half, fsdp_wrapped_layers, refusals):
+    for check in (ddp, fsdp_updates, fsdp_half, fsdp_wrapped_layers, fsdp_int8, refusals):
         check(rank)
     checkpoints(rank, folder)
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from losssurf_fast.averaging import offload as offloading
 from losssurf_fast.averaging import tensors
+from losssurf_fast.averaging.compressed import Compressed
 from losssurf_fast.averaging.holder import averaged_dtype, holder_of, require_weights
 from losssurf_fast.averaging.pairing import Pairing
 from losssurf_fast.ops.averaging import AVERAGING_DTYPES
@@ -48,7 +49,9 @@ class AveragedModel(nn.Module):
         average: "swa" or "ema".
         decay: of "ema", in [0, 1].
         ema_warmup: let the decay of "ema" grow with the number of averaged models.
-        average_dtype: a floating dtype for the averages; None is at least fp32.
+        average_dtype: a floating dtype for the averages; None is at least fp32. torch.int8 holds them in eight bits
+            with one exponent for each index of the first dimension, rounded stochastically (SWALP); they are made fp32
+            when they are used, until the next update. A NaN or inf takes its row with it.
         update_every: only every k-th call of ``update_parameters`` averages; after loading, calls count from 0.
         include_start: count the weights at construction as the first model.
         offload: "cpu" holds the averages in host memory (pinned, with a GPU). An update starts a copy of the weights on
@@ -61,7 +64,8 @@ class AveragedModel(nn.Module):
     """
 
     n_averaged: torch.Tensor
-    _pending: tuple[list, list, int] | None = None  # an offloaded update: averages, copies, n
+    _pending: tuple[Pairing, int] | None = None  # an offloaded update, and n
+    _compressed: Compressed | None = None
 
     def __init__(
         self,
@@ -89,7 +93,8 @@ class AveragedModel(nn.Module):
         model = tensors.unwrap(model)
         parameters, buffers = tensors.named_parameters(model), tensors.named_buffers(model)
         require_weights(_NAME, {**parameters, **buffers})
-        dtypes = {name: averaged_dtype(t.dtype, average_dtype) for name, t in {**parameters, **buffers}.items()}
+        held_in = torch.float32 if average_dtype == torch.int8 else average_dtype
+        dtypes = {name: averaged_dtype(t.dtype, held_in) for name, t in {**parameters, **buffers}.items()}
         if not use_buffers:  # a copy loses nothing
             dtypes |= {n: torch.promote_types(b.dtype, dtypes[n]) for n, b in buffers.items() if b.is_floating_point()}
         pin = bool(offload) and torch.cuda.is_available()
@@ -103,6 +108,12 @@ class AveragedModel(nn.Module):
         self._count, self._counted = int(include_start), (self.n_averaged, self.n_averaged._version)
         self._pairing: Pairing | None = None
         self._staging: offloading.Staging | None = None
+        if average_dtype == torch.int8:
+            averaged = [*self._named(tensors.named_parameters)]
+            averaged += self._named(tensors.named_buffers) if use_buffers else []
+            self._compressed = Compressed(averaged)
+            for name, t in averaged:
+                self._compressed.hide(name, t, 0)
 
     def forward(self, *args, **kwargs):
         """The averaged model's output.
@@ -143,33 +154,30 @@ class AveragedModel(nn.Module):
             self._calls += 1
             return
         caller = f"{_NAME}.update_parameters"
-        self.synchronize()
+        self._finish()
         pairing = self._paired(caller, model)
         if self.check_finite:
             pairing.refuse_nonfinite(caller)
-        averages, values, copies, sources = pairing.lists()
+        _, values, _, sources = pairing.lists()
         n = self._number()
         if self.offload and offloading.leaves_device(values + sources):
             if self._staging is None or not self._staging.fits(values + sources):
                 self._staging = offloading.Staging(values + sources)
             self._staging.fetch(values + sources)
-            self._pending = averages, copies, n
+            self._pending = pairing, n
         else:
-            if pairing.moves:
-                values = [v.to(a.device) for a, v in zip(averages, values, strict=True)]
-            self._take(averages, values, copies, sources, n, self.n_averaged)
+            self._take(pairing, values, sources, n, self.n_averaged)
         self._calls += 1
         self.n_averaged.add_(1)
         self._count, self._counted = n + 1, (self.n_averaged, self.n_averaged._version)
 
     @torch.no_grad()
     def synchronize(self) -> None:
-        """Finish an offloaded update. Everything here that shows averages calls it."""
-        if self._pending is not None:
-            (averages, copies, n), self._pending = self._pending, None
-            self._staging.wait()
-            host = self._staging.host
-            self._take(averages, host[: len(averages)], copies, host[len(averages) :], n, torch.tensor(n))
+        """Finish an offloaded update, and make the values of eight-bit averages. All that shows averages calls it."""
+        self._finish()
+        if self._compressed is not None:
+            for name, t in (*self._named(tensors.named_parameters), *self._named(tensors.named_buffers)):
+                self._compressed.show(name, t)
 
     def averages(self) -> dict[str, torch.Tensor]:
         """The averaged parameters, and the buffers, by the model's names; the memory that updates change."""
@@ -193,14 +201,24 @@ class AveragedModel(nn.Module):
 
     # ---- within ------------------------------------------------------------------------------------------------------
 
+    def _named(self, named: Callable) -> list[tuple[str, torch.Tensor]]:
+        return [(name, tensors.local(t)) for name, t in named(self._modules["module"]).items()]
+
     def _paired(self, caller: str, model: nn.Module) -> Pairing:
         if not isinstance(model, nn.Module):
             raise TypeError(f"{caller}: model must be a torch.nn.Module, got {type(model).__name__}")
-        model, module = tensors.unwrap(model), self.module
+        model, module = tensors.unwrap(model), self._modules["module"]
         if self._pairing is None or not self._pairing.holds(module, model):
             self._pairing = None
             self._pairing = Pairing(caller, module, model, self.use_buffers)
         return self._pairing
+
+    def _finish(self) -> None:
+        if self._pending is not None:
+            (pairing, n), self._pending = self._pending, None
+            self._staging.wait()
+            host, averaged = self._staging.host, len(pairing.names)
+            self._take(pairing, host[:averaged], host[averaged:], n, torch.tensor(n))
 
     def _number(self) -> int:
         """n_averaged, without reading it from the device unless someone else has changed it."""
@@ -209,16 +227,29 @@ class AveragedModel(nn.Module):
             self._count = int(buffer)
         return self._count
 
-    def _take(self, averages, values, copies, sources, n: int, count: torch.Tensor) -> None:
-        if n == 0:
-            copies, sources = averages + copies, values + sources
-        elif self.avg_fn is not None or self.multi_avg_fn is not None:
-            self._custom(averages, values, count)
-        elif averages:
-            torch.ops.losssurf_fast.lerp_.default(averages, values, self._weight(n))
-            torch.autograd.graph.increment_version(averages)
+    def _take(self, pairing: Pairing, values, sources, n: int, count: torch.Tensor) -> None:
+        averages, _, copies, _ = pairing.lists()
+        if pairing.moves:
+            values = [v.to(a.device) for a, v in zip(averages, values, strict=True)]
+        if self._compressed is None:
+            self._average(averages, values, n, count)
+        else:  # one after the other, so that one alone is fp32
+            for name, a, v in zip(pairing.names, averages, values, strict=True):
+                with self._compressed.open(name, a, n):
+                    self._average([a], [v], n, count)
         if copies:
             torch._foreach_copy_(copies, sources)
+
+    def _average(self, averages, values, n: int, count: torch.Tensor) -> None:
+        if not averages:
+            return
+        if n == 0:
+            torch._foreach_copy_(averages, values)
+        elif self.avg_fn is not None or self.multi_avg_fn is not None:
+            self._custom(averages, values, count)
+        else:
+            torch.ops.losssurf_fast.lerp_.default(averages, values, self._weight(n))
+            torch.autograd.graph.increment_version(averages)
 
     def _weight(self, n: int) -> float:
         if self.average == "swa":
@@ -324,8 +355,9 @@ def _check_arguments(model, device, functions, average, decay, average_dtype, up
         raise TypeError(f"{_NAME}: decay must be a number, got {type(decay).__name__}")
     if not 0 <= decay <= 1:
         raise ValueError(f"{_NAME}: decay must lie in [0, 1], got {decay}")
-    if average_dtype is not None and average_dtype not in AVERAGING_DTYPES:
-        raise ValueError(f"{_NAME}: average_dtype must be None or one of {AVERAGING_DTYPES}, got {average_dtype}")
+    if average_dtype not in (None, torch.int8, *AVERAGING_DTYPES):
+        wanted = f"None, torch.int8 or one of {AVERAGING_DTYPES}"
+        raise ValueError(f"{_NAME}: average_dtype must be {wanted}, got {average_dtype}")
     if not isinstance(update_every, int) or isinstance(update_every, bool):
         raise TypeError(f"{_NAME}: update_every must be an int, got {type(update_every).__name__}")
     if update_every < 1:
