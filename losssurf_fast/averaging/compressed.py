@@ -16,8 +16,8 @@ _WORD_LENGTH, _SEED = 8, 0x5357414C50
 class Compressed:
     """Mantissas and exponents in place of the values of tensors, which ``show`` brings back and ``hide`` takes away.
 
-    What is shown counts: it may be written to, and the next ``hide`` rounds it. Whether values have been looked at makes
-    no difference. The noise is a function of the tensor's place and of the number of averaged models.
+    What is shown counts: it may be written to, and the next ``hide`` rounds it. Whether values have been looked at
+    makes no difference. The noise is a function of the tensor's place and of the number of averaged models.
     """
 
     def __init__(self, named: Iterable[tuple[str, torch.Tensor]]):

@@ -180,7 +180,7 @@ class AveragedModel(nn.Module):
                 self._compressed.show(name, t)
 
     def averages(self) -> dict[str, torch.Tensor]:
-        """The averaged parameters, and the buffers, by the model's names; the memory that updates change."""
+        """The averaged parameters, and the buffers, by the model's names: what the next update changes, or discards."""
         named = {**tensors.named_parameters(self.module), **tensors.named_buffers(self.module)}
         return {name: t.detach() for name, t in named.items()}
 
