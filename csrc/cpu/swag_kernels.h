@@ -24,19 +24,19 @@ void swag_collect(float weight, bool first, int64_t n, float* mean, float* m2, A
       store(b, next.m2, extent);
       store(deviations + i, next.deviation, extent);
     });
-    if (deviation.data) stream(deviation.dtype, deviations, count, halves, element({deviation.data, 0, deviation.dtype}, 0, done));
+    if (!deviation.data) continue;
+    void* row = element({deviation.data, 0, deviation.dtype}, 0, done);
+    stream(deviation.dtype, deviations, count, halves, row);
   }
   _mm_sfence();
 }
 
 // ---- sampling ---------------------------------------------------------------------------------------------
 
-constexpr ptrdiff_t kSwagRow = kSwagPiece + 16;  // noise starts inside a quad, and ends with a whole one
-#if LSF_LANES == 16
-constexpr int kSwagGroup = 6, kSwagWidth = 4, kSwagSingleWidth = 8;  // 24 sums, 4 columns and a coefficient in 32 registers
-#else
-constexpr int kSwagGroup = 6, kSwagWidth = 2, kSwagSingleWidth = 8;
-#endif
+// Samples drawn together, and vectors of each: their sums, the columns' vectors and a coefficient fit the registers.
+constexpr int kSwagGroup = 6;
+template <int Samples> constexpr int kSwagWidth = Samples == 1 ? 8 : kLanes == 16 ? 4 : 2;
+constexpr ptrdiff_t kSwagNoise = kSwagPiece + 16;  // noise starts inside a quad and ends with a whole one
 
 template <DType T> LSF_INLINE Floats load_column(const void* column, ptrdiff_t i, Whole) {
   if constexpr (T == DType::f32) return load((const float*)column + i);
@@ -52,91 +52,102 @@ template <DType T> LSF_INLINE Floats load_column(const void* column, ptrdiff_t i
   }
 }
 
-// sums[g] = sum_j coefficients[g][j] column_j, for Samples and Width vectors of the row at i, all in registers.
+// What the vectors of a piece share: its first element, and each sample's coefficients, noise and results.
+template <int Samples> struct SwagPiece {
+  int64_t begin;
+  const float* coefficients;
+  const float* noise[Samples];
+  float* weights[Samples];
+};
+
+// `Width` vectors at i. One sample waits for memory, so it asks for the next vectors ahead; more wait for the fmas.
 template <DType T, int Samples, int Width, class Extent>
-LSF_INLINE void low_rank_vectors(const SwagParameter& p, const float* coefficients, int64_t begin, ptrdiff_t i, Extent extent,
-                         float* low_rank) {
-  Floats sums[Samples][Width] = {};
-  const char* column = (const char*)element(p.columns, 0, begin);
-  const int64_t step = p.columns.stride * (T == DType::f32 ? 4 : 2);
-  for (int64_t j = 0; j < p.rank; ++j, column += step) {
+LSF_INLINE void sample_vectors(const SwagParameter& p, const SwagPiece<Samples>& piece, ptrdiff_t i, Extent extent) {
+  constexpr ptrdiff_t kAhead = Width * kLanes, kSize = T == DType::f32 ? 4 : 2;
+  const float *mean = p.mean + piece.begin + i, *m2 = p.m2 + piece.begin + i;
+  const char* column = (const char*)element(p.columns, 0, piece.begin + i);
+  Floats low_rank[Samples][Width] = {};
+  for (int64_t j = 0; j < p.rank; ++j, column += p.columns.stride * kSize) {
     Floats d[Width];
 #pragma GCC unroll 8
-    for (int v = 0; v < Width; ++v) d[v] = load_column<T>(column, i + v * kLanes, extent);
+    for (int v = 0; v < Width; ++v) {
+      d[v] = load_column<T>(column, v * kLanes, extent);
+      if (Samples == 1) __builtin_prefetch(column + (v * kLanes + kAhead) * kSize);
+    }
 #pragma GCC unroll 8
     for (int g = 0; g < Samples; ++g) {
-      const Floats c = splat(coefficients[g * p.rank + j]);
+      const Floats c = splat(piece.coefficients[g * p.rank + j]);
 #pragma GCC unroll 8
-      for (int v = 0; v < Width; ++v) sums[g][v] = fused_mul_add(c, d[v], sums[g][v]);
+      for (int v = 0; v < Width; ++v) low_rank[g][v] = fused_mul_add(c, d[v], low_rank[g][v]);
     }
   }
 #pragma GCC unroll 8
-  for (int g = 0; g < Samples; ++g)
+  for (int v = 0; v < Width; ++v) {
+    const ptrdiff_t at = v * kLanes;
+    const Floats centre = load(mean + at, extent), squares = load(m2 + at, extent);
+    if (Samples == 1) __builtin_prefetch(mean + at + kAhead), __builtin_prefetch(m2 + at + kAhead);
 #pragma GCC unroll 8
-    for (int v = 0; v < Width; ++v) store(low_rank + g * kSwagRow + i + v * kLanes, sums[g][v]);
-}
-
-template <DType T, int Samples, int Width>
-LSF_INLINE void low_rank_piece(const SwagParameter& p, const float* coefficients, int64_t begin, ptrdiff_t n, float* low_rank) {
-  ptrdiff_t i = 0;
-  for (; i + Width * kLanes <= n; i += Width * kLanes)
-    low_rank_vectors<T, Samples, Width>(p, coefficients, begin, i, Whole{}, low_rank);
-  for (; i + kLanes <= n; i += kLanes) low_rank_vectors<T, Samples, 1>(p, coefficients, begin, i, Whole{}, low_rank);
-  if (i < n) low_rank_vectors<T, Samples, 1>(p, coefficients, begin, i, Part{n - i}, low_rank);
-}
-
-// The noise of elements [begin, begin + n) of sample s, in a buffer of kSwagRow.
-LSF_INLINE const float* draw_place(const SwagParameter& p, int64_t s, int64_t begin, ptrdiff_t n, float* buffer) {
-  NoiseStream stream = p.noise;
-  stream.sample += (uint32_t)s;
-  const int64_t first = begin / p.run * p.stride + begin % p.run;
-  if (begin % p.run + n <= p.run) {
-    draw_quads(stream, Tile{0, 1, first, n}, buffer);
-    return buffer + ((stream.col_offset + first) & 3);
+    for (int g = 0; g < Samples; ++g) {
+      const Floats z = load(piece.noise[g] + i + at, extent);
+      store(piece.weights[g] + i + at, swag_element(centre, squares, z, low_rank[g][v], p.variance_scale), extent);
+    }
   }
-  float quads[kSwagRow];
-  for (ptrdiff_t done = 0, count; done < n; done += count) {
-    const int64_t i = begin + done, col = i / p.run * p.stride + i % p.run;
-    count = p.run - i % p.run < n - done ? p.run - i % p.run : n - done;
-    draw_quads(stream, Tile{0, 1, col, count}, quads);
-    memcpy(buffer + done, quads + ((stream.col_offset + col) & 3), 4 * count);
+}
+
+template <DType T, int Samples>
+LSF_INLINE void sample_rows(const SwagParameter& p, const SwagPiece<Samples>& piece, ptrdiff_t n) {
+  constexpr int kWidth = kSwagWidth<Samples>;
+  ptrdiff_t i = 0;
+  for (; i + kWidth * kLanes <= n; i += kWidth * kLanes) sample_vectors<T, Samples, kWidth>(p, piece, i, Whole{});
+  for (; i + kLanes <= n; i += kLanes) sample_vectors<T, Samples, 1>(p, piece, i, Whole{});
+  if (i < n) sample_vectors<T, Samples, 1>(p, piece, i, Part{n - i});
+}
+
+// The noise of elements [begin, begin + n) of sample s, in a buffer of kSwagNoise.
+LSF_INLINE const float* draw_elements(const SwagParameter& p, int64_t s, int64_t begin, ptrdiff_t n, float* buffer) {
+  NoiseStream noise = p.noise;
+  noise.sample += (uint32_t)s;
+  const auto column = [&](int64_t i) { return i / p.run * p.stride + i % p.run; };
+  if (begin % p.run + n <= p.run) {
+    draw_quads(noise, Tile{0, 1, column(begin), n}, buffer);
+    return buffer + ((noise.col_offset + column(begin)) & 3);
+  }
+  float quads[kSwagNoise];
+  for (int64_t i = begin, count; i < begin + n; i += count) {
+    const int64_t left = p.run - i % p.run;
+    count = left < begin + n - i ? left : begin + n - i;
+    draw_quads(noise, Tile{0, 1, column(i), count}, quads);
+    memcpy(buffer + (i - begin), quads + ((noise.col_offset + column(i)) & 3), 4 * count);
   }
   return buffer;
 }
 
 template <int Samples> LSF_INLINE void sample_piece(const SwagParameter& p, int64_t first, int64_t begin, ptrdiff_t n) {
-  alignas(64) float noise[Samples][kSwagRow], low_rank[Samples][kSwagRow], weights[Samples][kSwagRow];
+  alignas(64) float noise[Samples][kSwagNoise], weights[Samples][kSwagPiece];
   alignas(64) uint16_t halves[kSwagPiece];
-  const float* z[Samples];
-  for (int g = 0; g < Samples; ++g) z[g] = draw_place(p, first + g, begin, n, noise[g]);
-  constexpr int kWidth = Samples == 1 ? kSwagSingleWidth : kSwagWidth;
-  const float* c = p.coefficients + first * p.rank;
-  switch (p.columns.dtype) {
-    case DType::f32: low_rank_piece<DType::f32, Samples, kWidth>(p, c, begin, n, low_rank[0]); break;
-    case DType::bf16: low_rank_piece<DType::bf16, Samples, kWidth>(p, c, begin, n, low_rank[0]); break;
-    case DType::f16: low_rank_piece<DType::f16, Samples, kWidth>(p, c, begin, n, low_rank[0]); break;
+  SwagPiece<Samples> piece = {begin, p.coefficients + first * p.rank, {}, {}};
+  // The first vectors of the columns come while the noise is drawn.
+  for (int64_t j = 0; Samples == 1 && j < p.rank; ++j)
+    for (int line = 0; line < 8; ++line) __builtin_prefetch((const char*)element(p.columns, j, begin) + 64 * line);
+  for (int g = 0; g < Samples; ++g) {
+    piece.noise[g] = draw_elements(p, first + g, begin, n, noise[g]);
+    void* row = element(p.out, first + g, begin);
+    piece.weights[g] = p.past_caches ? weights[g] : staging(p.out.dtype, row, weights[g]);
   }
-  float* y[Samples];
-  for (int g = 0; g < Samples; ++g)
-    y[g] = p.past_caches ? weights[g] : staging(p.out.dtype, element(p.out, first + g, begin), weights[g]);
-  for_vectors(n, [&](ptrdiff_t i, auto extent) {
-    const Floats mean = load(p.mean + begin + i, extent), m2 = load(p.m2 + begin + i, extent);
-#pragma GCC unroll 8
-    for (int g = 0; g < Samples; ++g) {
-      const Floats weight =
-          swag_element(mean, m2, load(z[g] + i, extent), load(low_rank[g] + i, extent), p.variance_scale);
-      store(y[g] + i, weight, extent);
-    }
-  });
+  switch (p.columns.dtype) {
+    case DType::f32: sample_rows<DType::f32>(p, piece, n); break;
+    case DType::bf16: sample_rows<DType::bf16>(p, piece, n); break;
+    case DType::f16: sample_rows<DType::f16>(p, piece, n); break;
+  }
   for (int g = 0; g < Samples; ++g) {
     void* row = element(p.out, first + g, begin);
-    if (p.past_caches) stream(p.out.dtype, y[g], n, halves, row);
-    else narrow(p.out.dtype, y[g], n, row);
+    if (p.past_caches) stream(p.out.dtype, weights[g], n, halves, row);
+    else narrow(p.out.dtype, weights[g], n, row);
   }
 }
 
 void swag_sample(const SwagParameter& p, int64_t begin, int64_t n) {
-  for (int64_t end = begin + n; begin < end; begin += kSwagPiece) {
+  for (const int64_t end = begin + n; begin < end; begin += kSwagPiece) {
     const ptrdiff_t count = end - begin < kSwagPiece ? end - begin : kSwagPiece;
     int64_t s = 0;
     for (; s + kSwagGroup <= p.samples; s += kSwagGroup) sample_piece<kSwagGroup>(p, s, begin, count);

@@ -64,6 +64,8 @@ def _check_lists(name: str, averages, values, copies: int = 1) -> None:
             )
         if average.device != value.device:
             raise ValueError(f"{name}: averages[{i}] must be on the value's {value.device}, got {average.device}")
+        if torch._debug_has_internal_overlap(average) == 1:
+            raise ValueError(f"{name}: averages[{i}] must not be expanded, several of its elements are one in memory")
 
 
 # ---- operators ------------------------------------------------------------------------------------------------------

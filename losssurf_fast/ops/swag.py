@@ -285,7 +285,7 @@ def swag_sample(
         raise ValueError(f"{name}: places must hold {len(mean)} like mean, got {len(places)}")
     flat = [x for place, t in zip(places, mean, strict=True) for x in _check_place(name, place, t.numel())]
     num_params = len(mean) if num_params is None else num_params
-    _check_count(name, "num_params", num_params, 1 + max((p.row for p in places), default=-1))
+    _check_count(name, "num_params", num_params, 1 + max([-1, *(p.row for p in places)]))
     count = num_samples or 1
     check_stream(name, 0, 0, sample, 0)
     check_stream(name, 0, 0, sample + count - 1, 0)
@@ -312,8 +312,9 @@ def _check_count(name: str, argument: str, value: int, least: int) -> None:
 def _check_place(name: str, place: Place, numel: int) -> tuple[int, int, int, int]:
     row, offset, run, stride = place
     run = numel if run is None else run
-    for argument, value in (("row", row), ("offset", offset), ("run", run), ("stride", stride)):
-        _check_count(name, f"places' {argument}", value, 0)
+    if not (type(row) is type(offset) is type(run) is type(stride) is int and min(row, offset, run, stride) >= 0):
+        for argument, value in (("row", row), ("offset", offset), ("run", run), ("stride", stride)):
+            _check_count(name, f"places' {argument}", value, 0)
     if numel and (run < 1 or numel % run or (numel > run and stride < run)):
         raise ValueError(f"{name}: a place of {numel} elements must be whole runs that do not overlap, got {place}")
     last = offset + (numel // run - 1) * stride + run if numel else offset
