@@ -95,8 +95,9 @@ def test_bf16_model_forward_and_swap():
     model, x = Net().to(BF16).eval(), torch.randn(4, 5, dtype=BF16)
     averaged = lsf.AveragedModel(model, average_dtype=torch.int8)
     averaged.update_parameters(model)
-    with lsf.averaged_weights(model, averaged):
+    with torch.inference_mode(), lsf.averaged_weights(model, averaged):
         assert torch.equal(model(x), averaged(x))
+    assert not averaged.module.first.weight.is_inference()
 
 
 def test_offloaded(monkeypatch):

@@ -26,11 +26,13 @@ class Compressed:
         self._shown = set(self._rows)
         self._seeds: dict[torch.device, torch.Tensor] = {}
 
+    @torch.inference_mode(False)  # or the values would be of no use after it
     def show(self, name: str, tensor: torch.Tensor) -> None:
         if name in self._rows and name not in self._shown:
             tensor.data = block_float_dequantize(*self._parts[name], _WORD_LENGTH).to(tensor.dtype)
             self._shown.add(name)
 
+    @torch.inference_mode(False)
     def hide(self, name: str, tensor: torch.Tensor, n: int) -> None:
         if name not in self._shown:
             return
