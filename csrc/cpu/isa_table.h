@@ -1,4 +1,5 @@
 // The kernels of one instruction set, compiled for the target that the including file has set.
+#include "block_float_kernels.h"
 #include "kl_kernels.h"
 #include "lrt_kernels.h"
 #include "noise_kernels.h"
@@ -16,4 +17,7 @@ const Kernels LSF_ISA = {
     kl_scale,
     swag_collect,
     swag_sample,
+    max_magnitude,
+    block_float_quantize,
+    block_float_dequantize,
 };
