@@ -38,9 +38,9 @@ LOWEST_EXPONENT, NOT_FINITE = -126, 128
 
 def block_float_quantize_reference(x, seed, word_length, per_row, row_offset=0, sample=0, stochastic=True):
     _check_quantize(x, word_length, per_row)
-    blocks = x.float().reshape(x.shape[0] if per_row else 1, -1) if x.numel() else x.new_zeros(_blocks(x, per_row), 1)
-    blocks = blocks.float()
-    top = (blocks.contiguous().view(torch.int32) & 0x7FFFFFFF).amax(1, keepdim=True)
+    rows = x.shape[0] if per_row else 1
+    blocks = (x.reshape(rows, -1) if x.numel() else x.new_zeros(rows, 1)).float().contiguous()
+    top = (blocks.view(torch.int32) & 0x7FFFFFFF).amax(1, keepdim=True)  # as integers NaN > infinity > finite
     exponent = ((top >> 23) - 127).clamp(min=LOWEST_EXPONENT)
     scaled = _scale(blocks, word_length - 2 - exponent)
     whole = scaled.floor()
@@ -57,10 +57,6 @@ def block_float_dequantize_reference(mantissa, exponent, word_length):
     _check_dequantize(mantissa, exponent, word_length)
     shared = exponent.view(-1, *(1,) * (mantissa.dim() - 1)) if exponent.dim() else exponent
     return torch.where(shared == NOT_FINITE, torch.nan, _scale(mantissa.float(), shared - word_length + 2))
-
-
-def _blocks(x, per_row):
-    return x.shape[0] if per_row else 1
 
 
 def _mantissa_dtype(word_length):
