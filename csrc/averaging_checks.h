@@ -1,8 +1,12 @@
 // What the kernels of lerp_ and ema_ refuse, on every device: ops/averaging.py has the same words for Python.
 #pragma once
+#include <ATen/MemoryOverlap.h>
 #include <ATen/core/Tensor.h>
+#include <c10/core/ScalarType.h>
 
 #include <algorithm>
+#include <string>
+#include <utility>
 #include <vector>
 
 namespace losssurf {
@@ -18,6 +22,16 @@ inline std::string shape_of(at::IntArrayRef sizes) {
   return text + (sizes.size() == 1 ? ",)" : ")");
 }
 
+// "torch.float32", as Python prints a dtype
+inline std::string dtype_name(const at::Tensor& t) {
+  return "torch." + std::string(c10::getDtypeNames(t.scalar_type()).first);
+}
+
+inline void check_averaging_dtype(const char* name, const char* label, size_t i, const at::Tensor& t) {
+  TORCH_CHECK_TYPE(averaging_dtype(t.scalar_type()), name, ": ", label, "[", i, "] must have a floating dtype of ",
+                   "(torch.float64, torch.float32, torch.bfloat16, torch.float16), got ", dtype_name(t));
+}
+
 // `copies` lists of averages, one after the other, of the same values
 inline void check_lerp(const char* name, at::TensorList averages, at::TensorList values, size_t copies) {
   TORCH_CHECK_VALUE(averages.size() == copies * values.size(), name, ": averages must hold ",
@@ -28,17 +42,14 @@ inline void check_lerp(const char* name, at::TensorList averages, at::TensorList
   for (size_t i = 0; i < averages.size(); ++i) {
     const at::Tensor& average = averages[i];
     const at::Tensor& value = values[i % values.size()];
-    const auto check_dtype = [&](const char* label, const at::Tensor& t) {
-      TORCH_CHECK_TYPE(averaging_dtype(t.scalar_type()), name, ": ", label, "[", i,
-                       "] must have a floating dtype of (torch.float64, torch.float32, torch.bfloat16, torch.float16), got ",
-                       t.scalar_type());
-    };
-    check_dtype("averages", average);
-    check_dtype("values", value);
+    check_averaging_dtype(name, "averages", i, average);
+    check_averaging_dtype(name, "values", i, value);
     TORCH_CHECK_VALUE(average.sizes() == value.sizes(), name, ": averages[", i, "] must have the value's shape ",
                       shape_of(value.sizes()), ", got ", shape_of(average.sizes()));
     TORCH_CHECK_VALUE(average.device() == value.device(), name, ": averages[", i, "] must be on the value's ",
                       value.device(), ", got ", average.device());
+    TORCH_CHECK_VALUE(at::has_internal_overlap(average) != at::MemOverlap::Yes, name, ": averages[", i,
+                      "] must not be expanded, several of its elements are one in memory");
     if (average.numel() > 0) places.emplace_back(average.const_data_ptr(), i);
   }
   std::sort(places.begin(), places.end());

@@ -1,22 +1,23 @@
 // One element of the averaging family: ops/averaging.py and ops/swag.py have the contracts.
 //
-// Templates over F (float, or lanes of it), shared by the CPU and CUDA kernels. Every product that is added is an
-// explicit fma, so all backends return the same bits.
+// Templates over F (float, lanes of it, or double), shared by the CPU and CUDA kernels. In fp32 every product that is
+// added is an explicit fma, in fp64 none is, so all backends return the same bits.
 #pragma once
 #include "scalar.h"
 
 namespace {
 
 // torch.lerp from whichever end is nearer. Taken by value: coefficient = weight - 1.
-struct LerpWeight {
-  float coefficient;
+template <class C> struct LerpWeightIn {
+  C coefficient;
   bool from_value;
-  static LerpWeight of(double weight) {
+  static LerpWeightIn of(double weight) {
     const bool near = weight > -0.5 && weight < 0.5;
-    return {(float)(near ? weight : weight - 1), !near};
+    return {(C)(near ? weight : weight - 1), !near};
   }
 };
-template <class F> LSF_INLINE F lerp_element(F average, F value, LerpWeight w) {
+typedef LerpWeightIn<float> LerpWeight;
+template <class F> LSF_INLINE F lerp_element(F average, F value, LerpWeightIn<Constant<F>> w) {
   return fused_mul_add(constant<F>(w.coefficient), value - average, w.from_value ? value : average);
 }
 
@@ -24,7 +25,7 @@ template <class F> LSF_INLINE F lerp_element(F average, F value, LerpWeight w) {
 template <class F> struct Moments {
   F mean, m2, deviation;
 };
-template <class F> LSF_INLINE Moments<F> welford_element(F mean, F m2, F value, float weight, bool first) {
+template <class F> LSF_INLINE Moments<F> welford_element(F mean, F m2, F value, Constant<F> weight, bool first) {
   if (first) return {value, constant<F>(0.0f), value - value};
   const F delta = value - mean;
   const F next = fused_mul_add(delta, constant<F>(weight), mean);
@@ -34,7 +35,7 @@ template <class F> LSF_INLINE Moments<F> welford_element(F mean, F m2, F value, 
 
 // mean + (std z + low_rank) with std = sqrt(m2 variance_scale); low_rank = sum_j coefficient_j deviation_j by fma in
 // the order of j, starting from 0.
-template <class F> LSF_INLINE F swag_element(F mean, F m2, F z, F low_rank, float variance_scale) {
+template <class F> LSF_INLINE F swag_element(F mean, F m2, F z, F low_rank, Constant<F> variance_scale) {
   return mean + fused_mul_add(sqrt_rn(m2 * constant<F>(variance_scale)), z, low_rank);
 }
 

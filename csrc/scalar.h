@@ -1,7 +1,7 @@
 // The primitives that the torch-free headers are written in, on scalars: CUDA and plain C++.
 //
-// philox.h, elementary.h and kl_math.h are templates over F (float) and U (uint32_t). cpu/simd.h overloads
-// every function here for vectors of lanes and is included before them, so one text serves all backends.
+// philox.h, elementary.h, kl_math.h and averaging_math.h are templates over F (float) and U (uint32_t). cpu/simd.h
+// overloads every function here for vectors of lanes and is included before them, so one text serves all backends.
 #pragma once
 #include <math.h>
 #include <stdint.h>
@@ -38,6 +38,8 @@ LSF_INLINE float sqrt_rn(float x) { return __fsqrt_rn(x); }
 #else
 LSF_INLINE float sqrt_rn(float x) { return sqrtf(x); }
 #endif
+LSF_INLINE double fused_mul_add(double a, double b, double c) { return a * b + c; }  // rounded twice, as in plain torch
+LSF_INLINE double sqrt_rn(double x) { return sqrt(x); }
 // The second argument where either is NaN, as on x86.
 LSF_INLINE float minimum(float a, float b) { return a < b ? a : b; }
 LSF_INLINE float maximum(float a, float b) { return a > b ? a : b; }
@@ -54,6 +56,11 @@ LSF_INLINE void split_exponent(float u, float& mantissa, float& exponent) {
   mantissa = float_of(bits_of(u) - (offset & 0xFF800000u));
   exponent = signed_to_float(shift_right_signed(offset, 23));
 }
-template <class F> LSF_INLINE F constant(float x) { return x - F{}; }  // not x + 0: keeps -0
+
+// What constants among F are given in: float for lanes too, double for double.
+template <class F> struct ConstantOf { typedef float type; };
+template <> struct ConstantOf<double> { typedef double type; };
+template <class F> using Constant = typename ConstantOf<F>::type;
+template <class F> LSF_INLINE F constant(Constant<F> x) { return x - F{}; }  // not x + 0: keeps -0
 
 }  // namespace

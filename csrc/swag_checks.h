@@ -6,17 +6,8 @@
 
 namespace losssurf {
 
-inline std::string dtype_name(const at::Tensor& t) {
-  return "torch." + std::string(c10::getDtypeNames(t.scalar_type()).first);
-}
 inline std::string shape_and_device(at::IntArrayRef sizes, const at::Tensor& t) {
   return shape_of(sizes) + " on " + t.device().str();
-}
-
-inline void check_swag_dtype(const char* name, const char* label, size_t i, const at::Tensor& t) {
-  TORCH_CHECK_TYPE(averaging_dtype(t.scalar_type()), name, ": ", label, "[", i,
-                   "] must have a floating dtype of (torch.float64, torch.float32, torch.bfloat16, torch.float16), got ",
-                   dtype_name(t));
 }
 
 inline void check_swag_state(const char* name, at::TensorList mean, at::TensorList m2, at::TensorList deviations) {
@@ -58,7 +49,7 @@ inline void check_swag_collect(at::TensorList mean, at::TensorList m2, at::Tenso
                     " tensors like mean, got ", values.size());
   for (size_t i = 0; i < mean.size(); ++i) {
     const at::Tensor &a = mean[i], &v = values[i];
-    check_swag_dtype(name, "values", i, v);
+    check_averaging_dtype(name, "values", i, v);
     TORCH_CHECK_VALUE(v.sizes() == a.sizes() && v.device() == a.device(), name, ": values[", i,
                       "] must be like mean[", i, "], ", shape_and_device(a.sizes(), a), ", got ",
                       shape_and_device(v.sizes(), v));
@@ -76,7 +67,7 @@ inline void check_swag_sample(at::TensorList out, at::TensorList mean, at::Tenso
                     places.size() / 4);
   for (size_t i = 0; i < mean.size(); ++i) {
     const at::Tensor &o = out[i], &a = mean[i];
-    check_swag_dtype(name, "out", i, o);
+    check_averaging_dtype(name, "out", i, o);
     std::vector<int64_t> many(a.sizes().begin(), a.sizes().end());
     many.insert(many.begin(), num_samples);
     TORCH_CHECK_VALUE((num_samples == 1 && o.sizes() == a.sizes()) || o.sizes() == at::IntArrayRef(many), name,

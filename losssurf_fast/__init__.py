@@ -15,14 +15,31 @@ except ImportError as error:
     ) from error
 
 from losssurf_fast import nn
+from losssurf_fast.averaging import (
+    FGE,
+    SWAG,
+    AveragedModel,
+    FGETriangleLR,
+    SWAConstantLR,
+    SWACyclicLR,
+    averaged_weights,
+    update_bn,
+)
 from losssurf_fast.conversion import ConversionReport, conversion_report, to_lrt
 from losssurf_fast.objective import ELBOLoss, kl_divergence
 from losssurf_fast.prediction import predict, prediction
 
 __version__ = "0.1.0"
 __all__ = [
+    "FGE",
+    "SWAG",
+    "AveragedModel",
     "ConversionReport",
     "ELBOLoss",
+    "FGETriangleLR",
+    "SWAConstantLR",
+    "SWACyclicLR",
+    "averaged_weights",
     "conversion_report",
     "kernel_for",
     "kl_divergence",
@@ -31,4 +48,5 @@ __all__ = [
     "predict",
     "prediction",
     "to_lrt",
+    "update_bn",
 ]

@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 NAMESPACE = "losssurf_fast"
 _library = torch.library.Library(NAMESPACE, "DEF")
 _attached: dict[tuple[str, str], str] = {}  # (operator, device type) -> language of a kernel attached from Python
-_missing: dict[str, str] = {}  # device type -> why kernels that should serve it are absent
+_missing: dict[tuple[str, str], str] = {}  # (operator or "" for all, device type) -> why a kernel is absent
 OPERATORS: list[str] = []
 
 
@@ -47,9 +47,10 @@ def attach(name: str, kernel, *, device: str = "cuda", language: str = "Triton")
     _attached[name, device] = language
 
 
-def explain_missing(device: str, reason: str) -> None:
-    """Record why a device's kernels are absent; :func:`kernel_for` repeats it."""
-    _missing[device] = reason
+def explain_missing(device: str, reason: str, *operators: str) -> None:
+    """Record why a device's kernels, all or those of ``operators``, are absent; :func:`kernel_for` repeats it."""
+    for name in operators or ("",):
+        _missing[name, device] = reason
 
 
 def register_autograd(name: str, backward, setup_context) -> None:
@@ -157,4 +158,5 @@ def kernel_for(op: str, device: str | torch.device = "cpu") -> str:
 
             return f"C++ ({_C.instruction_set()})"
         return "CUDA C++"
-    return f"reference (plain torch): {_missing.get(kind, f'no kernel for {kind} is written')}"
+    reason = _missing.get((name, kind)) or _missing.get(("", kind)) or f"no kernel for {kind} is written"
+    return f"reference (plain torch): {reason}"

@@ -82,7 +82,7 @@ def predict(
         raise TypeError(f"predict: seed must be an int or None, got {type(seed).__name__}")
     if draws_per_call > 1 and not isinstance(x, torch.Tensor):
         raise TypeError(f"predict: draws_per_call={draws_per_call} needs a tensor x, got {type(x).__name__}")
-    with _evaluation(model), prediction(model, layer_scheme), _generator(seed, model, x):
+    with evaluation_mode("predict", model), prediction(model, layer_scheme), _generator(seed, model, x):
         total = None
         for start in range(0, draws, draws_per_call):
             log_probs = _log_probabilities(model, x, min(draws_per_call, draws - start))
@@ -107,10 +107,10 @@ def _log_probabilities(model: nn.Module, x, copies: int) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def _evaluation(model: nn.Module):
+def evaluation_mode(caller: str, model: nn.Module):
     """``model.eval()``, with every module's own mode restored."""
     if not isinstance(model, nn.Module):
-        raise TypeError(f"predict: model must be a torch.nn.Module, got {type(model).__name__}")
+        raise TypeError(f"{caller}: model must be a torch.nn.Module, got {type(model).__name__}")
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

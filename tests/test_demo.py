@@ -7,9 +7,9 @@ from torch.nn import functional as F
 
 import losssurf_fast as lsf
 from losssurf_fast import demo
+from losssurf_fast.demo import averages, noise, report
 from losssurf_fast.demo import data as demo_data
-from losssurf_fast.demo import report
-from losssurf_fast.demo.models import NETWORKS, EagerLRT, network
+from losssurf_fast.demo.models import NETWORKS, EagerLRT, network, resnet50_tensors
 from losssurf_fast.demo.timing import compare
 from losssurf_fast.demo.train import evidence_lower_bound, train
 
@@ -87,7 +87,9 @@ def test_comparison_times_both(digits):
 
 
 def test_demo_prints_the_table_and_saves_pictures(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(demo, "WIDTH", 16)
+    monkeypatch.setattr(noise, "WIDTH", 16)
+    monkeypatch.setattr(averages, "WIDTH", 16)
+    monkeypatch.setattr(averages, "resnet50_tensors", lambda: torch.nn.Linear(50, 10))
     monkeypatch.setattr("losssurf_fast.demo.timing.HIDDEN", 16)
     parser = argparse.ArgumentParser()
     demo.add_arguments(parser)
@@ -98,7 +100,58 @@ def test_demo_prints_the_table_and_saves_pictures(tmp_path, capsys, monkeypatch)
         assert any(line.startswith(kind) for line in out.splitlines())
     assert "eager" in out
     assert "ours" in out
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["table.png", "training.png", "weights.png"]
+    for weights in averages.WEIGHTS:
+        assert any(line.startswith(weights) for line in out.splitlines())
+    pictures = [*noise.PICTURES, *averages.PICTURES]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted(pictures)
+
+
+def test_swa_is_the_average_of_its_iterates_and_better_than_them(digits, monkeypatch):
+    kept = []
+
+    class Recording(averages.AveragedModel):
+        def __init__(self, model, **options):
+            super().__init__(model, **options)
+            kept.append(model.last.weight.detach().clone())
+
+        def update_parameters(self, model):
+            super().update_parameters(model)
+            kept.append(model.last.weight.detach().clone())
+            torch.testing.assert_close(self.module.last.weight.detach(), torch.stack(kept).mean(0))
+
+    monkeypatch.setattr(averages, "AveragedModel", Recording)
+    monkeypatch.setattr(averages, "WIDTH", 64)
+    monkeypatch.setattr(averages, "MODELS", 7)
+    tracks = averages.train(digits, before=3, after=7, seed=0)
+    assert len(kept) == 1 + 7
+    assert [*tracks] == [*averages.WEIGHTS]
+    for name, track in tracks.items():
+        assert track.epochs == ([1, 2, 3] if name == "start" else [4, 5, 6, 7, 8, 9, 10])
+        assert track.errors[-1] == track.error
+    assert tracks["start"].error < 0.15
+    assert tracks["SWA"].loss < tracks["SWA's last iterate"].loss
+    assert tracks["SGD"].loss < tracks["start"].loss
+    table = averages.table([tracks, tracks])
+    assert {len(line) for line in table.splitlines()} == {58}
+    assert f"{100 * tracks['SWA'].error:.2f} +- 0.00" in table
+
+
+def test_updates_are_timed_on_equal_averages(monkeypatch):
+    for dtype in (torch.float32, torch.bfloat16):
+        timing = averages.time_updates(torch.nn.Linear(9, 5).to(dtype), blocks=2, seconds=0.0)
+        assert timing.blocks == 2
+        assert timing.eager_ms > 0 < timing.ours_ms
+    ema = lambda model: lsf.AveragedModel(model, average="ema")
+    monkeypatch.setattr(averages, "AveragedModel", ema)
+    with pytest.raises(RuntimeError, match="averages of the same weights differ"):
+        averages.time_updates(torch.nn.Linear(9, 5), blocks=2, seconds=0.0)
+
+
+def test_resnet50():
+    with torch.device("meta"):
+        parameters = list(resnet50_tensors().parameters())
+    assert len(parameters) == 161
+    assert sum(p.numel() for p in parameters) == 25_557_032
 
 
 def test_pictures_are_written_whole_or_not_at_all(tmp_path):
@@ -110,7 +163,7 @@ def test_pictures_are_written_whole_or_not_at_all(tmp_path):
 
     (tmp_path / "table.png").write_text("old")
     with pytest.raises(KeyboardInterrupt):
-        report.save_atomically(Broken(), tmp_path / "table.png")
+        report.save_pictures(tmp_path, {"table.png": Broken()})
     assert [p.read_text() for p in tmp_path.iterdir()] == ["old"]
 
 
@@ -160,7 +213,7 @@ def test_demo_without_matplotlib(monkeypatch):
 
 
 def test_unusable_output_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "train", None)  # found out before any training
+    monkeypatch.setattr(noise, "show", None)  # found out before any training
     (tmp_path / "file").write_text("")
     (tmp_path / "out" / "table.png").mkdir(parents=True)
     parser = argparse.ArgumentParser()

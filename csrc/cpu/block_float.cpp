@@ -2,11 +2,12 @@
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <limits>
 #include <tuple>
 #include <vector>
 
-#include "../swag_checks.h"
+#include "../averaging_checks.h"
 #include "tiles.h"
 
 namespace losssurf {
@@ -34,9 +35,8 @@ std::tuple<Tensor, Tensor> block_float_quantize_cpu(const Tensor& x_in, const Te
                                                     bool stochastic) {
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   const char* name = "block_float_quantize";
-  TORCH_CHECK_TYPE(averaging_dtype(x_in.scalar_type()), name,
-                   ": x must have a floating dtype of (torch.float64, torch.float32, torch.bfloat16, torch.float16), got ",
-                   dtype_name(x_in));
+  TORCH_CHECK_TYPE(averaging_dtype(x_in.scalar_type()), name, ": x must have a floating dtype of ",
+                   "(torch.float64, torch.float32, torch.bfloat16, torch.float16), got ", dtype_name(x_in));
   check_word_length(name, word_length);
   TORCH_CHECK_VALUE(!per_row || x_in.dim() > 0, name, ": x must have rows, got a 0-d tensor");
   const Tensor x = (x_in.scalar_type() == at::kDouble ? x_in.to(at::kFloat) : x_in).contiguous();

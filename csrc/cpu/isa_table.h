@@ -1,4 +1,5 @@
 // The kernels of one instruction set, compiled for the target that the including file has set.
+#include "averaging_kernels.h"
 #include "block_float_kernels.h"
 #include "kl_kernels.h"
 #include "lrt_kernels.h"
@@ -15,6 +16,7 @@ const Kernels LSF_ISA = {
     map,
     kl_sum,
     kl_scale,
+    lerp,
     swag_collect,
     swag_sample,
     max_magnitude,

@@ -90,6 +90,8 @@ struct Kernels {
   double (*kl_sum)(KL, Prior, int64_t n, const Array* in, const Array* slopes);
   // out = scale in
   void (*kl_scale)(float scale, int64_t n, const Array* in, const Array* out);
+  // average += weight (value - average), by torch.lerp's formula
+  void (*lerp)(double weight, int64_t n, Array value, Array average);
   // One more model into n elements of the moments; weight = 1 / (its number, from 1). deviation.data may be null.
   void (*swag_collect)(float weight, bool first, int64_t n, float* mean, float* m2, Array value, Array deviation);
   // Elements [begin, begin + n) of all samples of a parameter

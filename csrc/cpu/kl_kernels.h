@@ -1,6 +1,6 @@
 // Sums of the kl family and their slopes, in one pass over the parameters.
 #pragma once
-#include "lrt_kernels.h"  // map_chunks
+#include "simd.h"
 
 #include "../kl_math.h"  // after the overloads for lanes
 

@@ -66,32 +66,6 @@ void lrt_sample_backward(NoiseStream stream, Tile tile, Matrix grad, Alpha alpha
   }
 }
 
-// Calls compute(in vectors, out vectors) over n elements, chunk by chunk, through fp32 buffers where needed.
-template <int kIn, int kOut, class Compute>
-LSF_INLINE void map_chunks(int64_t n, const Array* in, const Array* out, Compute compute) {
-  constexpr int64_t kChunk = kTile / 4;
-  float in_buffer[kIn][kChunk], out_buffer[kOut][kChunk];
-  for (int64_t done = 0; done < n; done += kChunk) {
-    const int64_t count = n - done < kChunk ? n - done : kChunk;
-    const float* a[kIn];
-    void* results[kOut];
-    float* b[kOut];
-    for (int k = 0; k < kIn; ++k)
-      a[k] = widen(in[k].dtype, element({in[k].data, 0, in[k].dtype}, 0, done), count, in_buffer[k]);
-    for (int k = 0; k < kOut; ++k) {
-      results[k] = element({out[k].data, 0, out[k].dtype}, 0, done);
-      b[k] = staging(out[k].dtype, results[k], out_buffer[k]);
-    }
-    for_vectors(count, [&](ptrdiff_t i, auto extent) {
-      Floats x[kIn], y[kOut];
-      for (int k = 0; k < kIn; ++k) x[k] = load(a[k] + i, extent);
-      compute(x, y);
-      for (int k = 0; k < kOut; ++k) store(b[k] + i, y[k], extent);
-    });
-    for (int k = 0; k < kOut; ++k) narrow(out[k].dtype, b[k], count, results[k]);
-  }
-}
-
 void map(Map op, int64_t n, const Array* in, const Array* out) {
   switch (op) {
     case Map::square:

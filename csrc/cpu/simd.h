@@ -164,10 +164,16 @@ LSF_INLINE void mul_hi_lo(WideWords a, uint32_t m, WideWords& hi, WideWords& lo)
 }
 
 LSF_INLINE Floats from_bfloat(const uint16_t* p) {
+#if LSF_LANES == 16
+  return float_of((Words)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)) << 16);
+#elif LSF_LANES == 8
+  return float_of((Words)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)) << 16);
+#else
   typedef uint16_t Shorts __attribute__((vector_size(2 * kLanes)));
   Shorts x;
   memcpy(&x, p, sizeof x);
   return float_of(__builtin_convertvector(x, Words) << 16);
+#endif
 }
 LSF_INLINE void to_bfloat(Floats x, uint16_t* p) {  // nearest even; NaN stays NaN
   typedef uint16_t Shorts __attribute__((vector_size(2 * kLanes)));
@@ -274,6 +280,32 @@ LSF_INLINE void stream(DType t, const float* staged, ptrdiff_t n, uint16_t* scra
   narrow(t, staged, n, scratch);
   if (t == DType::f32) stream(staged, 4 * n, row);
   else stream(scratch, 2 * n, row);
+}
+
+// Calls compute(in vectors, out vectors) over n elements, chunk by chunk, through fp32 buffers where needed.
+template <int kIn, int kOut, class Compute>
+LSF_INLINE void map_chunks(int64_t n, const Array* in, const Array* out, Compute compute) {
+  constexpr int64_t kChunk = kTile / 4;
+  float in_buffer[kIn][kChunk], out_buffer[kOut][kChunk];
+  for (int64_t done = 0; done < n; done += kChunk) {
+    const int64_t count = n - done < kChunk ? n - done : kChunk;
+    const float* a[kIn];
+    void* results[kOut];
+    float* b[kOut];
+    for (int k = 0; k < kIn; ++k)
+      a[k] = widen(in[k].dtype, element({in[k].data, 0, in[k].dtype}, 0, done), count, in_buffer[k]);
+    for (int k = 0; k < kOut; ++k) {
+      results[k] = element({out[k].data, 0, out[k].dtype}, 0, done);
+      b[k] = staging(out[k].dtype, results[k], out_buffer[k]);
+    }
+    for_vectors(count, [&](ptrdiff_t i, auto extent) {
+      Floats x[kIn], y[kOut];
+      for (int k = 0; k < kIn; ++k) x[k] = load(a[k] + i, extent);
+      compute(x, y);
+      for (int k = 0; k < kOut; ++k) store(b[k] + i, y[k], extent);
+    });
+    for (int k = 0; k < kOut; ++k) narrow(out[k].dtype, b[k], count, results[k]);
+  }
 }
 
 }  // namespace

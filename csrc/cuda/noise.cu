@@ -1,19 +1,12 @@
 // Noise as a CUDA kernel, on the same philox.h as the CPU: ops/noise.py has the contract.
 #include "noise.h"
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include "../philox.h"
+#include "float_type.cuh"
 
 namespace {
 
 constexpr int kThreads = 256;
-
-__device__ void convert(float x, float& y) { y = x; }
-__device__ void convert(float x, double& y) { y = x; }
-__device__ void convert(float x, __nv_bfloat16& y) { y = __float2bfloat16_rn(x); }
-__device__ void convert(float x, __half& y) { y = __float2half_rn(x); }
 
 // A thread makes whole quads, at least 16 bytes of output at a time. Chunks start at multiples of a quad in the
 // numbering that includes col_offset, so the first and the last chunk of a row may stick out of it.
@@ -76,13 +69,10 @@ void launch(const int64_t* seed, void* out, int64_t rows, int64_t cols, int64_t 
 
 }  // namespace
 
-extern "C" void losssurf_philox_normal(const int64_t* seed, void* out, NoiseDType dtype, int64_t rows, int64_t cols,
+extern "C" void losssurf_philox_normal(const int64_t* seed, void* out, FloatType dtype, int64_t rows, int64_t cols,
                                        int64_t row_offset, int64_t col_offset, uint32_t sample, cudaStream_t stream) {
   if (rows == 0 || cols == 0) return;
-  switch (dtype) {
-    case NoiseDType::f64: return launch<double>(seed, out, rows, cols, row_offset, col_offset, sample, stream);
-    case NoiseDType::f32: return launch<float>(seed, out, rows, cols, row_offset, col_offset, sample, stream);
-    case NoiseDType::bf16: return launch<__nv_bfloat16>(seed, out, rows, cols, row_offset, col_offset, sample, stream);
-    case NoiseDType::f16: return launch<__half>(seed, out, rows, cols, row_offset, col_offset, sample, stream);
-  }
+  with_type(dtype, [&](auto type) {
+    launch<typename decltype(type)::type>(seed, out, rows, cols, row_offset, col_offset, sample, stream);
+  });
 }

@@ -2,10 +2,12 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor._dtensor_spec import TensorMeta
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
@@ -45,6 +47,13 @@ def named_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
     return {plain_name(name): b for name, b in unwrap(model).named_buffers()}
 
 
+def persistent_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The buffers of the model's state_dict, by plain name."""
+    model = unwrap(model)
+    transient = {f"{p}.{b}" if p else b for p, m in model.named_modules() for b in m._non_persistent_buffers_set}
+    return {plain_name(name): b for name, b in model.named_buffers() if name not in transient}
+
+
 def match(caller: str, ours: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
     """``theirs`` in the order of ``ours``.
 
@@ -53,8 +62,8 @@ def match(caller: str, ours: Mapping[str, torch.Tensor], theirs: Mapping[str, to
     """
     missing, unexpected = [n for n in ours if n not in theirs], [n for n in theirs if n not in ours]
     if missing or unexpected:
-        parts = [f"lacks {_some(missing)}"] if missing else []
-        parts += [f"has {_some(unexpected)} besides"] if unexpected else []
+        parts = [f"lacks {some(missing)}"] if missing else []
+        parts += [f"has {some(unexpected)} besides"] if unexpected else []
         raise ValueError(f"{caller}: the model must have the tensors of the average; it {' and '.join(parts)}")
     for name, mine in ours.items():
         other = theirs[name]
@@ -68,7 +77,8 @@ def match(caller: str, ours: Mapping[str, torch.Tensor], theirs: Mapping[str, to
     return [theirs[name] for name in ours]
 
 
-def _some(names: list[str]) -> str:
+def some(names: list[str]) -> str:
+    """The first three of ``names``, for a message."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
@@ -85,9 +95,9 @@ def like(tensor: torch.Tensor, here: torch.Tensor) -> torch.Tensor:
     """``here`` as this rank's part of a tensor that is placed as ``tensor`` is."""
     if not isinstance(tensor, DTensor):
         return here
-    return DTensor.from_local(
-        here, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
-    )
+    # from_local would move an offloaded part to the mesh's device
+    meta = TensorMeta(tensor.shape, tensor.stride(), here.dtype)
+    return DTensor(here, replace(tensor._spec, tensor_meta=meta), requires_grad=False)
 
 
 def place_of(caller: str, tensor: torch.Tensor, row: int) -> Place:

@@ -1,7 +1,7 @@
-"""``python -m losssurf_fast demo``: a variance network learns handwritten digits.
+"""``python -m losssurf_fast demo``: handwritten digits, learned by a variance network and by an average of weights.
 
-A perceptron with one noisy hidden layer is trained with binary dropout and with the five parameterizations, each from
-the same initial weights. The talk's table follows, then a training run timed with plain PyTorch layers and with ours.
+Two parts, each with its table, pictures and timings: :mod:`losssurf_fast.demo.noise`, a perceptron whose hidden layer
+draws its weights, and :mod:`losssurf_fast.demo.averages`, SGD and SWA from the same weights.
 """
 
 import argparse
@@ -12,13 +12,8 @@ from pathlib import Path
 
 import torch
 
-from losssurf_fast.demo import report
+from losssurf_fast.demo import averages, noise, report
 from losssurf_fast.demo.data import load
-from losssurf_fast.demo.models import NETWORKS, network
-from losssurf_fast.demo.timing import BATCH, HIDDEN, compare
-from losssurf_fast.demo.train import train
-
-WIDTH = 256  # of the two hidden layers
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,38 +53,17 @@ def run(arguments: argparse.Namespace) -> int:
     if importlib.util.find_spec("matplotlib") is None:
         raise SystemExit("demo: needs matplotlib for its pictures; pip install matplotlib")
     out = Path(arguments.out)
-    report.prepare_folder(out)
+    report.prepare_folder(out, (*noise.PICTURES, *averages.PICTURES))
     data = load(arguments.data, arguments.root)
     epochs = arguments.epochs or {"digits": 100, "mnist": 5}[data.name]
-    blocks, steps = (2, 2) if arguments.quick else (20, 5)
     if arguments.quick:
         epochs = min(epochs, 2)
 
     print(f"{data.name}: {len(data.train_x)} training and {len(data.test_x)} test images.")
-    print(f"Networks {data.side**2}-{WIDTH}-{WIDTH}-{data.classes}, noise in the middle layer,")
-    print(f"{epochs} epochs each, all from the same initial weights.\n", flush=True)
-    results, models = [], {}
     with _one_thread():
-        for kind in NETWORKS:
-            models[kind] = network(kind, data.side**2, WIDTH, data.classes, arguments.seed)
-            results.append(train(models[kind], data, epochs, arguments.seed, kind))
-    print(report.table(results))
-    print(f"accuracy in percent; chance is {100 * data.chance():.1f}\n")
-    dropout, variance = results[0], results[-1]
-    print("The variance network's weights have mean zero: with the")
-    print(f"mean weights it guesses ({100 * variance.deterministic:.1f} %), as an ensemble it reaches")
-    print(f"{100 * variance.ensemble:.1f} % (binary dropout: {100 * dropout.ensemble:.1f} %).\n", flush=True)
-
-    print(f"The same training at width {HIDDEN}, one step of {BATCH} images:")
-    for parameterization in ("variance", "additive"):
-        with _one_thread():
-            t = compare(data, parameterization, blocks, steps, seconds=20)
-        times = f"eager {t.eager_ms:7.2f} ms   ours {t.ours_ms:7.2f} ms   {t.ratio:.2f}x"
-        print(f"{parameterization:9s} {times}", flush=True)
-    print("forward, backward and Adam on one thread, medians of")
-    print(f"{t.blocks} alternating blocks of {steps} steps\n")
-
-    for path in report.save_pictures(out, results, models["variance"], data):
-        print(f"saved {path}")
+        for part in (noise, averages):
+            for path in report.save_pictures(out, part.show(data, epochs, arguments.seed, arguments.quick)):
+                print(f"saved {path}")
+            print()
     print(f"done in {time.perf_counter() - began:.0f} s")
     return 0

@@ -1,4 +1,4 @@
-"""The demo's networks: a perceptron with one noisy layer, and the layers it is compared to."""
+"""The demo's networks: a perceptron, one with a noisy layer, what they are compared to, and weights to average."""
 
 from collections import OrderedDict
 
@@ -62,3 +62,19 @@ def network(kind: str, inputs: int, hidden: int, classes: int, seed: int) -> nn.
     if kind == "dropout":
         return perceptron(inputs, hidden, classes, seed, dropout=True)
     return to_lrt(perceptron(inputs, hidden, classes, seed), kind, include="hidden")
+
+
+def resnet50_tensors() -> nn.Sequential:
+    """The layers of ResNet-50 (He et al., CVPR 2016) in a row: its 161 parameters and its buffers, not its function."""
+
+    def convolution(inputs: int, outputs: int, kernel: int) -> list[nn.Module]:
+        return [nn.Conv2d(inputs, outputs, kernel, bias=False), nn.BatchNorm2d(outputs)]
+
+    layers, channels = convolution(3, 64, 7), 64
+    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        for block in range(blocks):
+            layers += convolution(channels, width, 1) + convolution(width, width, 3) + convolution(width, 4 * width, 1)
+            if block == 0:
+                layers += convolution(channels, 4 * width, 1)
+            channels = 4 * width
+    return nn.Sequential(*layers, nn.Linear(channels, 1000))

@@ -1,16 +1,16 @@
-"""What the demo shows: the talk's table as text, and three pictures."""
+"""What the demo shows: the talk's table as text, its pictures, and how pictures are saved."""
 
 import math
 import os
-import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 
 from losssurf_fast.demo.data import Data
 from losssurf_fast.demo.train import Result
+from losssurf_fast.files import write_atomically
 
-PICTURES = ("table.png", "training.png", "weights.png")
 COLUMNS = ("network", "ELBO", "stoch.", "determ.", "ensemble")
 
 
@@ -34,8 +34,8 @@ def table(results: list[Result]) -> str:
     return "\n".join([line(*COLUMNS), "-" * 52, *(line(*row) for row in rows(results))])
 
 
-def prepare_folder(folder: Path) -> None:
-    """Make ``folder``, so that nothing is in the way of the pictures once the training is done.
+def prepare_folder(folder: Path, names: Iterable[str]) -> None:
+    """Make ``folder``, so that nothing is in the way of the pictures ``names`` once the training is done.
 
     Raises:
         SystemExit: the pictures cannot be saved there.
@@ -48,49 +48,39 @@ def prepare_folder(folder: Path) -> None:
         raise SystemExit(f"demo: --out {folder} cannot be made: {error.strerror}") from None
     if not os.access(folder, os.W_OK | os.X_OK):
         raise SystemExit(f"demo: --out {folder} cannot be written to")
-    for name in PICTURES:
+    for name in names:
         if (folder / name).is_dir():
             raise SystemExit(f"demo: {name} in --out {folder} must be a file, it is a folder")
 
 
-def save_pictures(folder: Path, results: list[Result], variance_network, data: Data) -> list[Path]:
-    """Save :data:`PICTURES` and return their paths; a picture appears only when it is complete."""
-    import matplotlib
-
-    matplotlib.use("Agg")
+def save_pictures(folder: Path, figures: dict) -> list[Path]:
+    """Save figures under their names and return the paths; a picture appears only when it is complete."""
     folder.mkdir(parents=True, exist_ok=True)
-    figures = (
-        _table_figure(results, data.name),
-        _training_figure(results, data.chance()),
-        _weights_figure(variance_network, data),
-    )
     paths = []
-    for name, figure in zip(PICTURES, figures, strict=True):
+    for name, figure in figures.items():
         paths.append(folder / name)
-        save_atomically(figure, paths[-1])
+        write_atomically(paths[-1], lambda temporary, figure=figure: figure.savefig(temporary, dpi=150))
     return paths
 
 
-def save_atomically(figure, path: Path) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=path.suffix)
-    os.close(handle)
-    try:
-        figure.savefig(temporary, dpi=150)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
-def _figure(width: float, height: float):
+def new_figure(width: float, height: float):
+    """An empty figure of that size in inches, which no window shows."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
+def noise_figures(results: list[Result], variance_network, data: Data) -> tuple:
+    """The table, the training curves, and the weights of the variance network."""
+    return (
+        _table_figure(results, data.name),
+        _training_figure(results, data.chance()),
+        _weights_figure(variance_network, data),
+    )
+
+
 def _table_figure(results: list[Result], data: str):
-    figure = _figure(6.4, 0.62 + 0.36 * (len(results) + 1))
+    figure = new_figure(6.4, 0.62 + 0.36 * (len(results) + 1))
     axes = figure.add_subplot()
     axes.axis("off")
     axes.set_title(f"Accuracy (%) on {data} under three prediction schemes", fontsize=11)
@@ -118,7 +108,7 @@ _COLOURS = {
 
 
 def _training_figure(results: list[Result], chance: float):
-    figure = _figure(7.2, 3.4)
+    figure = new_figure(7.2, 3.4)
     panels = figure.subplots(1, 2, sharey=True)
     for axes, scheme in zip(panels, ("deterministic", "ensemble"), strict=True):
         for r in results:
@@ -153,7 +143,7 @@ def _weights_figure(model, data: Data):
     sources = input_of_class.argmax(0).argsort(stable=True)
     std_of_class, mean_of_class = std_of_class[:, units], layer.bias[units].abs().expand(data.classes, -1)
 
-    figure = _figure(9.6, 3.8)
+    figure = new_figure(9.6, 3.8)
     left, right = figure.subfigures(1, 2, width_ratios=(1, 1.2))
     axes = left.subplots()
     log_sigma = layer.log_sigma2[units][:, sources] / (2 * math.log(10))

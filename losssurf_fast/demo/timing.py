@@ -1,6 +1,7 @@
-"""The demo's training at a larger width, with layers in plain PyTorch and with ours, in alternating blocks."""
+"""What the demo times, with plain PyTorch and with ours, in alternating blocks: its training at a larger width."""
 
 import dataclasses
+import functools
 import statistics
 import time
 
@@ -19,7 +20,7 @@ HIDDEN, BATCH = 1024, 128
 
 @dataclasses.dataclass
 class Timing:
-    """CPU milliseconds per training step, medians over blocks."""
+    """CPU milliseconds per step, medians over blocks."""
 
     eager_ms: float
     ours_ms: float
@@ -46,13 +47,19 @@ def compare(data: Data, parameterization: str, blocks: int, steps: int, seconds:
     }
     for run in runs.values():
         run.block(3)  # first steps allocate
+    calls = {name: functools.partial(run.block, steps) for name, run in runs.items()}
+    return alternate(calls, blocks, seconds, f"timing {parameterization}")
+
+
+def alternate(calls: dict, blocks: int, seconds: float, description: str) -> Timing:
+    """Medians of ``eager`` and ``ours``, functions that run a block and return its milliseconds, called in turn."""
     milliseconds: dict[str, list[float]] = {"eager": [], "ours": []}
     began = time.perf_counter()
-    for i in tqdm(range(blocks), desc=f"timing {parameterization}", unit="pair", ncols=60, leave=False):
+    for i in tqdm(range(blocks), desc=description, unit="pair", ncols=60, leave=False):
         if i >= 2 and time.perf_counter() - began > seconds:
             break
         for name in ("eager", "ours") if i % 2 == 0 else ("ours", "eager"):
-            milliseconds[name].append(runs[name].block(steps))
+            milliseconds[name].append(calls[name]())
     eager_ms, ours_ms = (statistics.median(milliseconds[name]) for name in ("eager", "ours"))
     return Timing(eager_ms, ours_ms, len(milliseconds["ours"]))
 

@@ -24,19 +24,21 @@ from collections.abc import Sequence
 
 import torch
 
-from losssurf_fast._library import composite_needed, define
+from losssurf_fast._library import composite_needed, define, explain_missing
+from losssurf_fast.ops.noise import fma
 
 AVERAGING_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+NO_CUDA = "this build has no CUDA C++ kernels"
 
 # ---- definition -----------------------------------------------------------------------------------------------------
 
 
 def lerp_reference(averages, values, weight):
-    """``torch.lerp`` in fp32, or fp64 where either tensor is; the result rounded to the average's dtype."""
     _check_lists("lerp_", averages, values)
     for average, value in zip(averages, values, strict=True):
         wide = torch.promote_types(torch.promote_types(average.dtype, value.dtype), torch.float32)
-        average.copy_(torch.lerp(average.to(wide), value.to(wide), weight))
+        a, v = average.to(wide), value.to(wide)
+        average.copy_(fma(v - a, weight, a) if abs(weight) < 0.5 else fma(v - a, weight - 1, v))
 
 
 def ema_reference(averages, values, decays):
@@ -62,6 +64,8 @@ def _check_lists(name: str, averages, values, copies: int = 1) -> None:
             )
         if average.device != value.device:
             raise ValueError(f"{name}: averages[{i}] must be on the value's {value.device}, got {average.device}")
+        if torch._debug_has_internal_overlap(average) == 1:
+            raise ValueError(f"{name}: averages[{i}] must not be expanded, several of its elements are one in memory")
 
 
 # ---- operators ------------------------------------------------------------------------------------------------------
@@ -76,6 +80,7 @@ define(
     reference=ema_reference,
     fake=lambda averages, values, decays: _check_lists("ema_", averages, values, len(decays)),
 )
+explain_missing("cuda", NO_CUDA, "lerp_", "ema_")  # where it has, this is not asked
 
 # ---- public functions -----------------------------------------------------------------------------------------------
 

@@ -60,8 +60,13 @@ define(
 # ---- normals -------------------------------------------------------------------------------------------------------
 
 
-def _fma(a: torch.Tensor, b, c) -> torch.Tensor:
-    """fp32 fused multiply-add by way of fp64; rounds twice, so 1 ulp off in a handful of values per billion."""
+def fma(a: torch.Tensor, b, c) -> torch.Tensor:
+    """``a * b + c`` rounded once, b and c tensors or numbers: for references, in fp32, and plainly in fp64.
+
+    By way of fp64, which rounds twice: 1 ulp off in a handful of values per billion.
+    """
+    if a.dtype == torch.float64:
+        return a * b + c
     b, c = (v.double() if isinstance(v, torch.Tensor) else _fp32(v) for v in (b, c))
     return (a.double() * b + c).float()
 
@@ -73,7 +78,7 @@ def _fp32(value: float) -> float:
 def _polynomial(x: torch.Tensor, coefficients: Sequence[float]) -> torch.Tensor:
     result = torch.full_like(x, coefficients[0])
     for coefficient in coefficients[1:]:
-        result = _fma(result, x, coefficient)
+        result = fma(result, x, coefficient)
     return result
 
 
@@ -91,12 +96,12 @@ def _minus_two_log(u: torch.Tensor) -> torch.Tensor:
     bits = u.view(torch.int32)
     exponent = (bits - 0x3F400000) >> 23  # of the mantissa in [3/4, 3/2)
     f = (bits - (exponent << 23)).view(torch.float32) - 1.0
-    return _fma(exponent.float(), MINUS_TWO_LN_TWO, _polynomial(f, LOG_COEFFICIENTS) * f)
+    return fma(exponent.float(), MINUS_TWO_LN_TWO, _polynomial(f, LOG_COEFFICIENTS) * f)
 
 
 def _box_muller(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     # By way of fp64: the vector library behind torch.sqrt does not round fp32 correctly.
-    r = _minus_two_log(_fma(a.float(), 2.0**-32, 2.0**-33)).double().sqrt().float()
+    r = _minus_two_log(fma(a.float(), 2.0**-32, 2.0**-33)).double().sqrt().float()
     quadrant = ((b + 2**29) >> 30) & 3
     x = ((b + 2**29) % 2**30 - 2**29).float() * 2.0**-30  # in quarter turns, [-1/2, 1/2)
     x2 = x * x

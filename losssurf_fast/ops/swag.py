@@ -30,9 +30,9 @@ from typing import NamedTuple
 
 import torch
 
-from losssurf_fast._library import define
-from losssurf_fast.ops.averaging import AVERAGING_DTYPES, as_tensors, call_in_place, refuse_leaves
-from losssurf_fast.ops.noise import MAX_COLUMNS, as_seed, check_stream, philox_normal_reference
+from losssurf_fast._library import define, explain_missing
+from losssurf_fast.ops.averaging import AVERAGING_DTYPES, NO_CUDA, as_tensors, call_in_place, refuse_leaves
+from losssurf_fast.ops.noise import MAX_COLUMNS, as_seed, check_stream, fma, philox_normal_reference
 
 DEVIATION_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -63,9 +63,9 @@ def swag_collect_reference(mean, m2, deviations, values, n):
             a.copy_(v), b.zero_()
         else:
             delta = v - a
-            a.copy_(_fma(delta, 1 / (n + 1), a))
+            a.copy_(fma(delta, 1 / (n + 1), a))
             deviation = v - a
-            b.copy_(_fma(delta, deviation, b))
+            b.copy_(fma(delta, deviation, b))
         if deviations:
             slots = deviations[i]
             slots[n % slots.shape[0]].copy_(deviation.reshape(-1))
@@ -88,10 +88,10 @@ def swag_sample_reference(
                 z2 = philox_normal_reference(seed, 1, held, z2_row, 0, sample + s, wide)[0]
                 coefficients = z2 * math.sqrt(scale / (held - 1))
                 for c, column in zip(coefficients.unbind(), deviations[i], strict=False):
-                    low_rank = _fma(c, column.to(wide), low_rank)
+                    low_rank = fma(column.to(wide), c, low_rank)
             std = _sqrt(m2[i].reshape(-1) * (scale / n))
             noise = _noise_at(seed, row, columns, sample + s, wide)
-            weight = centre.reshape(-1) + _fma(std, noise, low_rank)
+            weight = centre.reshape(-1) + fma(std, noise, low_rank)
             target = out[i][s] if out[i].dim() > centre.dim() else out[i]
             target.copy_(weight.view(centre.shape))
 
@@ -101,14 +101,6 @@ def _noise_at(seed, row, columns, sample, dtype):
         return columns.to(dtype)
     first, last = int(columns[0]), int(columns[-1])
     return philox_normal_reference(seed, 1, last - first + 1, row, first, sample, dtype)[0][columns - first]
-
-
-def _fma(a, b, c):
-    """a b + c rounded once: in fp32 by way of fp64."""
-    if c.dtype == torch.float64:
-        return a * b + c
-    b = b.double() if isinstance(b, torch.Tensor) else torch.tensor(b, dtype=torch.float32).item()
-    return (a.double() * b + c.double()).to(c.dtype)
 
 
 def _sqrt(x):
@@ -200,6 +192,7 @@ define(
         _check_sample(out, mean, m2, deviations, n, num_samples, places)
     ),
 )
+explain_missing("cuda", NO_CUDA, "swag_collect_", "swag_sample_")
 
 # ---- public functions -----------------------------------------------------------------------------------------------
 
@@ -255,7 +248,7 @@ def swag_sample(
 
     Args:
         mean, m2, deviations, n: as :func:`swag_collect_` left them, n models after the last call. Empty deviations or
-            fewer than two columns give the diagonal part alone.
+            fewer than two columns give the diagonal part alone; a GPU takes up to 4096 columns, 2048 in float64.
         seed: an int or a 0-d int64 tensor on mean's device; None draws one from the default generator.
         scale: of the covariance, not negative. 1/2 is the paper's SWAG, 0 the mean.
         cov: whether the low-rank part is added.

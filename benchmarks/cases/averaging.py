@@ -1,0 +1,144 @@
+"""One update of a running average of a whole model, against torch's own ways to do it."""
+
+import functools
+import itertools
+
+import torch
+from torch import nn
+from torch.optim import swa_utils
+
+from benchmarks.cases import Case, Setup, dtype_of
+from losssurf_fast.averaging import AveragedModel
+from losssurf_fast.ops import ema_, lerp_
+
+WEIGHT = 1 / 11  # of the eleventh model
+
+
+def convolutions(kernels: int, channels: int) -> list[tuple[int, ...]]:
+    """Shapes of ``kernels`` convolutions with their BatchNorm."""
+    return kernels * [(channels, channels, 3, 3), (channels,), (channels,)]
+
+
+# Many small tensors: 167 of a residual network, 1.7M elements in all.
+SMALL = [*convolutions(2, 16), *convolutions(9, 32), *convolutions(44, 64), (10, 64), (10,)]
+# Few large ones: 20 of 5M.
+LARGE = 20 * [(5000, 1000)]
+TINY = [(3, 5), (2,), (0,)]
+
+
+def numel(shapes) -> int:
+    return sum(functools.reduce(lambda a, b: a * b, shape, 1) for shape in shapes)
+
+
+class Weights(nn.Module):
+    """A model that is nothing but its parameters."""
+
+    def __init__(self, shapes, dtype: str, device: torch.device):
+        super().__init__()
+        draw = torch.Generator(device).manual_seed(0)
+        for i, shape in enumerate(shapes):
+            value = torch.randn(shape, device=device, generator=draw).to(dtype_of(dtype))
+            self.register_parameter(f"weight_{i}", nn.Parameter(value))
+
+
+def eager_lerp(averages, values):
+    torch._foreach_lerp_(averages, values, WEIGHT)
+
+
+def eager_lerp_widening(averages, values):
+    torch._foreach_lerp_(averages, [v.float() for v in values], WEIGHT)
+
+
+def eager_ema(averages, values):
+    for k, decay in enumerate((0.9, 0.99, 0.999)):
+        torch._foreach_lerp_(averages[k], values, 1 - decay)
+
+
+def _operator(shapes, dtype, eager, ours, copies=None):
+    """``copies`` lists of averages, or one list alone, of the same values."""
+
+    def setup(device: torch.device) -> Setup:
+        values = [p.detach() for p in Weights(shapes, dtype, device).parameters()]
+        draw = lambda: [v.float().mul(0.5) for v in values]
+        averages = draw() if copies is None else [draw() for _ in range(copies)]
+        every = averages if copies is None else list(itertools.chain(*averages))
+
+        def read_and_write():
+            for average in every:
+                average.add_(1e-3)
+
+        return Setup((averages, values), {"eager": eager, "compiled": eager, "ours": ours}, read_and_write)
+
+    return setup
+
+
+def _model(shapes, dtype):
+    """The update of a model by each class; torch's averages have the model's dtype, ours are fp32."""
+
+    def setup(device: torch.device) -> Setup:
+        model = Weights(shapes, dtype, device)
+        default, multi = swa_utils.AveragedModel(model), swa_utils.AveragedModel(
+            model, multi_avg_fn=swa_utils.get_swa_multi_avg_fn()
+        )  # fmt: skip
+        ours = AveragedModel(model)
+        for averaged in (default, multi, ours):
+            averaged.update_parameters(model)
+        averages = [p.detach() for p in ours.module.parameters()]
+
+        def read_and_write():
+            for average in averages:
+                average.add_(1e-3)
+
+        providers = {
+            "eager": default.update_parameters,
+            "torch": multi.update_parameters,
+            "ours": ours.update_parameters,
+        }
+        return Setup((model,), providers, read_and_write)
+
+    return setup
+
+
+def cases(tiny: bool = False) -> list[Case]:
+    small, large = (TINY, TINY[:2]) if tiny else (SMALL, LARGE)
+    result = []
+    for dtype, width in (("fp32", 4), ("bf16", 2)):
+        eager = eager_lerp if dtype == "fp32" else eager_lerp_widening
+        ours = functools.partial(lerp_, weight=WEIGHT)
+        goals = {"fp32": ({}, {1: 0.95}), "bf16": ({1: 4.0}, {1: 2.0})}[dtype]
+        for shapes, goal in zip((small, large), goals, strict=True):
+            operator = Case(
+                op="lerp_",
+                variant=f"{len(shapes)} tensors",
+                shape=(numel(shapes),),
+                mode="forward",
+                dtype=dtype,
+                setup=_operator(shapes, dtype, eager, ours),
+                bytes=(8 + width) * numel(shapes),
+                flops=2 * numel(shapes),
+                targets=goal,
+                headline=True,
+            )
+            model = Case(
+                op="AveragedModel",
+                variant=f"{len(shapes)} tensors",
+                shape=(numel(shapes),),
+                mode="forward",
+                dtype=dtype,
+                setup=_model(shapes, dtype),
+                bytes=(8 + width) * numel(shapes),
+                flops=2 * numel(shapes),
+                targets={1: 4.0} if dtype == "fp32" else {},
+                headline=True,
+            )
+            result += [operator, model]
+    three = Case(
+        op="ema_",
+        variant=f"3 decays, {len(small)} tensors",
+        shape=(numel(small),),
+        mode="forward",
+        setup=_operator(small, "fp32", eager_ema, lambda a, v: ema_(a, v, (0.9, 0.99, 0.999)), copies=3),
+        bytes=(3 * 8 + 4) * numel(small),
+        flops=6 * numel(small),
+    )
+    return [*result, three]

@@ -1,0 +1,71 @@
+// A FloatType as a C++ type, and the roundings between them: those of torch, which narrows fp64 by way of fp32.
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <type_traits>
+
+#include "../scalar.h"
+#include "float_type.h"
+
+namespace {
+
+template <class T> struct Type {
+  typedef T type;
+};
+
+// Calls body(Type<T>{}) for the T of `type`.
+template <class Body> void with_type(FloatType type, const Body& body) {
+  switch (type) {
+    case FloatType::f64: return body(Type<double>{});
+    case FloatType::f32: return body(Type<float>{});
+    case FloatType::bf16: return body(Type<__nv_bfloat16>{});
+    case FloatType::f16: return body(Type<__half>{});
+  }
+}
+
+// What elements of these types are computed in: fp32, fp64 where one of them is.
+template <class... T> struct Wide {
+  typedef float type;
+};
+template <class... T> struct Wide<double, T...> {
+  typedef double type;
+};
+template <class S, class... T> struct Wide<S, T...> : Wide<T...> {};
+
+LSF_INLINE void convert(float x, float& y) { y = x; }
+LSF_INLINE void convert(float x, double& y) { y = x; }
+LSF_INLINE void convert(float x, __nv_bfloat16& y) { y = __float2bfloat16_rn(x); }
+LSF_INLINE void convert(float x, __half& y) { y = __float2half_rn(x); }
+template <class T> LSF_INLINE void convert(double x, T& y) { convert(static_cast<float>(x), y); }
+LSF_INLINE void convert(double x, double& y) { y = x; }
+template <class F> LSF_INLINE void convert(__nv_bfloat16 x, F& y) { y = __bfloat162float(x); }
+template <class F> LSF_INLINE void convert(__half x, F& y) { y = __half2float(x); }
+
+// N neighbours, read and written in one access: `from` and `to` must be aligned to all of them.
+template <class T, int N> struct alignas(N * sizeof(T)) Pack {
+  T value[N];
+};
+template <class F, class T, int N> LSF_INLINE void load_pack(const T* from, F (&x)[N]) {
+  const Pack<T, N> pack = *reinterpret_cast<const Pack<T, N>*>(from);
+#pragma unroll
+  for (int i = 0; i < N; ++i) convert(pack.value[i], x[i]);
+}
+template <class F, class T, int N> LSF_INLINE void store_pack(const F (&x)[N], T* to) {
+  Pack<T, N> pack;
+#pragma unroll
+  for (int i = 0; i < N; ++i) convert(x[i], pack.value[i]);
+  *reinterpret_cast<Pack<T, N>*>(to) = pack;
+}
+// The same past the caches, for what is not read again.
+template <class F, class T, int N> LSF_INLINE void stream_pack(const F (&x)[N], T* to) {
+  using Word = std::conditional_t<sizeof(Pack<T, N>) % 16 == 0, uint4, uint2>;
+  Pack<T, N> pack;
+#pragma unroll
+  for (int i = 0; i < N; ++i) convert(x[i], pack.value[i]);
+#pragma unroll
+  for (size_t k = 0; k < sizeof pack / sizeof(Word); ++k)
+    __stcs(reinterpret_cast<Word*>(to) + k, reinterpret_cast<const Word*>(&pack)[k]);
+}
+
+}  // namespace

@@ -1,0 +1,336 @@
+"""A running average of a model's weights, beside the model that is trained.
+
+Sources: Izmailov et al., "Averaging weights leads to wider optima and better generalization", UAI 2018 (SWA); Polyak
+and Juditsky, "Acceleration of stochastic approximation by averaging", 1992; the warm-up of the decay is ``num_updates``
+of TensorFlow's ``tf.train.ExponentialMovingAverage``.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import nn
+
+from losssurf_fast.averaging import offload as offloading
+from losssurf_fast.averaging import tensors
+from losssurf_fast.averaging.holder import averaged_dtype, holder_of, require_weights
+from losssurf_fast.averaging.pairing import Pairing
+from losssurf_fast.ops.averaging import AVERAGING_DTYPES
+
+_NAME = "AveragedModel"
+
+
+class AveragedModel(nn.Module):
+    """``torch.optim.swa_utils.AveragedModel`` in one pass over the weights, in enough precision, also over shards.
+
+    The first update copies the model. Update number n + 1 with the weights w then gives every average a::
+
+        swa   a <- a + (w - a) / (n + 1)                  the mean of all models so far
+        ema   a <- d a + (1 - d) w                        d = decay, or min(decay, (1 + n) / (10 + n)) in the warm-up
+
+    Parameters are paired by name, tied ones averaged once, frozen ones too. Buffers are copied at each update, or
+    averaged as well (``use_buffers``); integer and bool tensors are copied. Averages of bf16 and fp16 weights are held,
+    and appear in ``module`` and in the state_dict, in fp32; ``forward`` casts them to the model's dtypes. State dicts
+    load from and into torch's class, also those of a model in DistributedDataParallel or torch.compile: wrappers are
+    taken off, at construction and on load. A state_dict that does not fit is refused before anything is changed.
+
+    A model sharded by ``fully_shard`` is not copied: ``module`` is then a tree of bare modules with the averages,
+    DTensors placed as the parameters are, and cannot be called (see :func:`averaged_weights`). An update touches the
+    local shards alone, without communication.
+
+    Args:
+        model: the model to average; its wrappers (DistributedDataParallel, torch.compile) are taken off.
+        device: where the averages are held; by default where the model's tensors are.
+        avg_fn: ``avg_fn(average, weight, n_averaged)`` returns the new average of one tensor, in place of ``average=``.
+        multi_avg_fn: ``multi_avg_fn(averages, weights, n_averaged)`` changes a list in place; each list has one dtype
+            and one device. Weights are cast to the average's dtype for both.
+        use_buffers: average floating buffers as parameters, instead of copying them.
+        average: "swa" or "ema".
+        decay: of "ema", in [0, 1].
+        ema_warmup: let the decay of "ema" grow with the number of averaged models.
+        average_dtype: a floating dtype for the averages; None is at least fp32.
+        update_every: only every k-th call of ``update_parameters`` averages; after loading, calls count from 0.
+        include_start: count the weights at construction as the first model.
+        offload: "cpu" holds the averages in host memory (pinned, with a GPU). An update starts a copy of the weights on
+            a stream of its own and returns; the averaging runs on the host when the average is next used. Whoever
+            keeps tensors of ``module`` from before calls ``synchronize()``.
+        check_finite: refuse an update from weights that hold NaN or inf. Waits for the device.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above, or the model has lazy or meta tensors.
+    """
+
+    n_averaged: torch.Tensor
+    _pending: tuple[list, list, int] | None = None  # an offloaded update: averages, copies, n
+
+    def __init__(
+        self,
+        model: nn.Module,
+        device: int | str | torch.device | None = None,
+        avg_fn: Callable | None = None,
+        multi_avg_fn: Callable | None = None,
+        use_buffers: bool = False,
+        *,
+        average: str = "swa",
+        decay: float = 0.999,
+        ema_warmup: bool = False,
+        average_dtype: torch.dtype | None = None,
+        update_every: int = 1,
+        include_start: bool = False,
+        offload: str | None = None,
+        check_finite: bool = False,
+    ):
+        super().__init__()
+        flags = {"use_buffers": use_buffers, "ema_warmup": ema_warmup}
+        flags |= {"include_start": include_start, "check_finite": check_finite}
+        functions = {"avg_fn": avg_fn, "multi_avg_fn": multi_avg_fn}
+        _check_arguments(model, device, functions, average, decay, average_dtype, update_every, offload, flags)
+        device = torch.device("cpu") if offload else device
+        model = tensors.unwrap(model)
+        parameters, buffers = tensors.named_parameters(model), tensors.named_buffers(model)
+        require_weights(_NAME, {**parameters, **buffers})
+        dtypes = {name: averaged_dtype(t.dtype, average_dtype) for name, t in {**parameters, **buffers}.items()}
+        if not use_buffers:  # a copy loses nothing
+            dtypes |= {n: torch.promote_types(b.dtype, dtypes[n]) for n, b in buffers.items() if b.is_floating_point()}
+        pin = bool(offload) and torch.cuda.is_available()
+        self.module, self._sharded = holder_of(model, dtypes, device, pin)
+        self._model_dtypes = {name: t.dtype for name, t in {**parameters, **buffers}.items()}
+        self.register_buffer("n_averaged", torch.tensor(int(include_start), dtype=torch.long, device=device))
+        self.avg_fn, self.multi_avg_fn, self.use_buffers = avg_fn, multi_avg_fn, use_buffers
+        self.average, self.decay, self.ema_warmup = average, float(decay), ema_warmup
+        self.update_every, self.offload, self.check_finite = update_every, offload, check_finite
+        self._calls = 0
+        self._count, self._counted = int(include_start), (self.n_averaged, self.n_averaged._version)
+        self._pairing: Pairing | None = None
+        self._staging: offloading.Staging | None = None
+
+    def forward(self, *args, **kwargs):
+        """The averaged model's output.
+
+        Raises:
+            RuntimeError: the averages are sharded.
+        """
+        if self._sharded:
+            raise RuntimeError(
+                f"{_NAME}: sharded averages cannot be called; use `with averaged_weights(model, average): model(...)`"
+            )
+        module = self.module
+        cast = {}
+        for name, t in (*module.named_parameters(), *module.named_buffers()):
+            dtype = self._model_dtypes.get(tensors.plain_name(name), t.dtype)
+            if t.dtype != dtype:
+                cast[name] = t.to(dtype)
+        if not cast:
+            return module(*args, **kwargs)
+        output = torch.func.functional_call(module, cast, args, kwargs)
+        with torch.no_grad():  # running statistics; torch counts no version where it moves them
+            for name, b in module.named_buffers():
+                if name in cast:
+                    after = cast[name]
+                    b.copy_(torch.where(after == b.to(after.dtype), b, after.to(b.dtype)))
+        return output
+
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        """Average in the weights of ``model``, one of the names and shapes of the model at construction.
+
+        Raises:
+            TypeError: ``model`` is no module, or has a weight in a dtype that cannot be averaged.
+            ValueError: names, shapes or placements differ, or ``check_finite`` found NaN or inf, on any rank. Nothing
+                is changed, the count neither.
+        """
+        if (self._calls + 1) % self.update_every:
+            self._calls += 1
+            return
+        caller = f"{_NAME}.update_parameters"
+        self.synchronize()
+        pairing = self._paired(caller, model)
+        if self.check_finite:
+            pairing.refuse_nonfinite(caller)
+        averages, values, copies, sources = pairing.lists()
+        n = self._number()
+        if self.offload and offloading.leaves_device(values + sources):
+            if self._staging is None or not self._staging.fits(values + sources):
+                self._staging = offloading.Staging(values + sources)
+            self._staging.fetch(values + sources)
+            self._pending = averages, copies, n
+        else:
+            if pairing.moves:
+                values = [v.to(a.device) for a, v in zip(averages, values, strict=True)]
+            self._take(averages, values, copies, sources, n, self.n_averaged)
+        self._calls += 1
+        self.n_averaged.add_(1)
+        self._count, self._counted = n + 1, (self.n_averaged, self.n_averaged._version)
+
+    @torch.no_grad()
+    def synchronize(self) -> None:
+        """Finish an offloaded update. Everything here that shows averages calls it."""
+        if self._pending is not None:
+            (averages, copies, n), self._pending = self._pending, None
+            self._staging.wait()
+            host = self._staging.host
+            self._take(averages, host[: len(averages)], copies, host[len(averages) :], n, torch.tensor(n))
+
+    def averages(self) -> dict[str, torch.Tensor]:
+        """The averaged parameters, and the buffers, by the model's names; the memory that updates change."""
+        named = {**tensors.named_parameters(self.module), **tensors.named_buffers(self.module)}
+        return {name: t.detach() for name, t in named.items()}
+
+    def load_state_dict(self, state_dict: Mapping[str, torch.Tensor], strict: bool = True, assign: bool = False):
+        """Load averages saved here or by torch's class.
+
+        Raises:
+            RuntimeError: keys (if ``strict``), shapes or placements differ. Nothing is changed.
+        """
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"{_NAME}.load_state_dict: state_dict must be a mapping, got {type(state_dict).__name__}")
+        loaded = OrderedDict(state_dict)
+        if hasattr(state_dict, "_metadata"):
+            loaded._metadata = state_dict._metadata
+        self._rename(loaded, "")
+        self._check_loaded(loaded, strict)
+        return super().load_state_dict(loaded, strict, assign)
+
+    # ---- within ------------------------------------------------------------------------------------------------------
+
+    def _paired(self, caller: str, model: nn.Module) -> Pairing:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"{caller}: model must be a torch.nn.Module, got {type(model).__name__}")
+        model, module = tensors.unwrap(model), self.module
+        if self._pairing is None or not self._pairing.holds(module, model):
+            self._pairing = None
+            self._pairing = Pairing(caller, module, model, self.use_buffers)
+        return self._pairing
+
+    def _number(self) -> int:
+        """n_averaged, without reading it from the device unless someone else has changed it."""
+        buffer = self.n_averaged
+        if self._counted is None or buffer is not self._counted[0] or buffer._version != self._counted[1]:
+            self._count = int(buffer)
+        return self._count
+
+    def _take(self, averages, values, copies, sources, n: int, count: torch.Tensor) -> None:
+        if n == 0:
+            copies, sources = averages + copies, values + sources
+        elif self.avg_fn is not None or self.multi_avg_fn is not None:
+            self._custom(averages, values, count)
+        elif averages:
+            torch.ops.losssurf_fast.lerp_.default(averages, values, self._weight(n))
+            torch.autograd.graph.increment_version(averages)
+        if copies:
+            torch._foreach_copy_(copies, sources)
+
+    def _weight(self, n: int) -> float:
+        if self.average == "swa":
+            return 1 / (n + 1)
+        return 1 - (min(self.decay, (1 + n) / (10 + n)) if self.ema_warmup else self.decay)
+
+    def _custom(self, averages, values, count: torch.Tensor) -> None:
+        averages = [a.detach() for a in averages]
+        values = [v.detach().to(a.dtype) for a, v in zip(averages, values, strict=True)]
+        if self.avg_fn is not None:
+            for a, v in zip(averages, values, strict=True):
+                a.copy_(self.avg_fn(a, v, count.to(a.device)))
+            return
+        groups: dict[tuple, tuple[list, list]] = {}
+        for a, v in zip(averages, values, strict=True):
+            ours, theirs = groups.setdefault((a.device, a.dtype), ([], []))
+            ours.append(a)
+            theirs.append(v)
+        for (device, _), (ours, theirs) in groups.items():
+            self.multi_avg_fn(ours, theirs, count.to(device))
+
+    def _rename(self, loaded: dict, prefix: str) -> None:
+        """Give the keys that wrappers of the averaged model have changed our names."""
+        ours = {tensors.plain_name(k): k for k in self.state_dict()}
+        keys = [k for k in loaded if k.startswith(f"{prefix}module.")]
+        plain = {k: tensors.plain_name(k.removeprefix(prefix)) for k in keys}
+        wrapped = lambda: all(p.startswith("module.module.") for p in plain.values())  # by DistributedDataParallel
+        while keys and wrapped() and not set(plain.values()) <= ours.keys():
+            plain = {k: p.removeprefix("module.") for k, p in plain.items()}
+        renamed = {k: prefix + ours.get(p, p) for k, p in plain.items()}
+        if len(set(renamed.values())) == len(renamed):
+            for k, value in [(k, loaded.pop(k)) for k in keys]:
+                loaded[renamed[k]] = value
+
+    def _check_loaded(self, loaded: dict, strict: bool) -> None:
+        ours = self.state_dict()
+        problems = []
+        if strict:
+            problems += [f"{k} is missing" for k in ours if k not in loaded]
+            problems += [f"{k} is not of this model" for k in loaded if k not in ours]
+        for k, mine in ours.items():
+            value = loaded.get(k)
+            if not isinstance(mine, torch.Tensor) or k not in loaded:
+                continue
+            if not isinstance(value, torch.Tensor):
+                problems.append(f"{k} must be a tensor, got {type(value).__name__}")
+            elif value.shape != mine.shape:
+                problems.append(f"{k} must have shape {tuple(mine.shape)}, got {tuple(value.shape)}")
+            elif tensors.is_sharded(mine) != tensors.is_sharded(value):
+                problems.append(f"{k} must {'' if tensors.is_sharded(mine) else 'not '}be a DTensor, got {type(value)}")
+        if problems:
+            more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+            raise RuntimeError(f"{_NAME}.load_state_dict: {'; '.join(problems[:5])}{more}")
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        self.synchronize()
+        self._calls = 0
+        if prefix:  # as a part of another module: load_state_dict has not seen the keys
+            self._rename(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def state_dict(self, *args, **kwargs):
+        self.synchronize()
+        return super().state_dict(*args, **kwargs)
+
+    def named_modules(self, *args, **kwargs):
+        self.synchronize()
+        return super().named_modules(*args, **kwargs)
+
+    def _apply(self, *args, **kwargs):
+        self.synchronize()
+        return super()._apply(*args, **kwargs)
+
+    def __getattr__(self, name: str):
+        if name == "module":
+            self.synchronize()
+        return super().__getattr__(name)
+
+    def __getstate__(self) -> dict:
+        self.synchronize()
+        return {**self.__dict__, "_pairing": None, "_staging": None, "_counted": None}
+
+
+def _check_arguments(model, device, functions, average, decay, average_dtype, update_every, offload, flags) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{_NAME}: model must be a torch.nn.Module, got {type(model).__name__}")
+    for argument, value in flags.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{_NAME}: {argument} must be a bool, got {type(value).__name__}")
+    functions = {argument: function for argument, function in functions.items() if function is not None}
+    for argument, function in functions.items():
+        if not callable(function):
+            raise TypeError(f"{_NAME}: {argument} must be callable, got {type(function).__name__}")
+    if len(functions) > 1:
+        raise ValueError(f"{_NAME}: only one of avg_fn and multi_avg_fn can be given")
+    if average not in ("swa", "ema"):
+        raise ValueError(f"{_NAME}: average must be 'swa' or 'ema', got {average!r}")
+    if average == "ema" and functions:
+        raise ValueError(f"{_NAME}: average='ema' and a function of one's own exclude each other")
+    if flags["ema_warmup"] and average != "ema":
+        raise ValueError(f"{_NAME}: ema_warmup needs average='ema', got {average!r}")
+    if not isinstance(decay, int | float) or isinstance(decay, bool):
+        raise TypeError(f"{_NAME}: decay must be a number, got {type(decay).__name__}")
+    if not 0 <= decay <= 1:
+        raise ValueError(f"{_NAME}: decay must lie in [0, 1], got {decay}")
+    if average_dtype is not None and average_dtype not in AVERAGING_DTYPES:
+        raise ValueError(f"{_NAME}: average_dtype must be None or one of {AVERAGING_DTYPES}, got {average_dtype}")
+    if not isinstance(update_every, int) or isinstance(update_every, bool):
+        raise TypeError(f"{_NAME}: update_every must be an int, got {type(update_every).__name__}")
+    if update_every < 1:
+        raise ValueError(f"{_NAME}: update_every must be at least 1, got {update_every}")
+    if offload not in (None, "cpu"):
+        raise ValueError(f"{_NAME}: offload must be None or 'cpu', got {offload!r}")
+    if offload and device is not None and torch.device(device).type != "cpu":
+        raise ValueError(f"{_NAME}: offload='cpu' holds the averages on the CPU, got device={device}")

@@ -1,0 +1,177 @@
+"""Learning rates that make weights worth averaging: SWA's constant and cyclical rates and FGE's triangle.
+
+With k the number of ``step()`` calls so far (iterations or epochs, as you call it), c = ``cycle`` and a1, a2 =
+``lr_1``, ``lr_2``::
+
+    SWAConstantLR   t = k / swa_start: the optimizer's own rate for t <= 0.5, swa_lr for t >= 0.9, linear between
+    SWACyclicLR     (1 - t) a1 + t a2,                           t = ((k mod c) + 1) / c: a sawtooth, lowest at t = 1
+    FGETriangleLR   (1 - 2t) a1 + 2t a2             for t < 1/2, t = (k mod c) / c: a triangle, lowest at t = 1/2
+                    (2 - 2t) a2 + (2t - 1) a1       after
+
+Sources: Izmailov et al., UAI 2018 (SWA), section 3.1, where iteration i = k + 1, and the authors' code for the constant
+rate; Garipov et al., NeurIPS 2018 (FGE), in the form of the authors' code, where the first step has t = 0.
+
+Each says in ``collect_now`` whether the weights of the step just taken are to be averaged or kept::
+
+    optimizer.step()
+    if schedule.collect_now:
+        swa.update_parameters(model)
+    schedule.step()
+"""
+
+import math
+from collections.abc import Sequence
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+
+class SWAConstantLR(LRScheduler):
+    """The optimizer's rate for half of ``swa_start`` steps, then linearly to ``swa_lr`` at 90 %, where it stays.
+
+    ``collect_now`` holds after the last of the first ``swa_start`` steps and after every ``collect_every``-th from
+    there on.
+
+    Args:
+        optimizer: any torch optimizer.
+        swa_lr: the constant rate, a positive number or one for each parameter group.
+        swa_start: steps (calls of ``step``) until averaging begins.
+        collect_every: steps from one averaged model to the next.
+        last_epoch: as in ``torch.optim.lr_scheduler.LRScheduler``.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above. Nothing is changed.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        swa_lr: float | Sequence[float],
+        swa_start: int,
+        *,
+        collect_every: int = 1,
+        last_epoch: int = -1,
+    ) -> None:
+        swa_lrs = _rates("SWAConstantLR", "swa_lr", swa_lr, optimizer)
+        _whole("SWAConstantLR", "swa_start", swa_start)
+        _whole("SWAConstantLR", "collect_every", collect_every)
+        self.swa_lrs, self.swa_start, self.collect_every = swa_lrs, swa_start, collect_every
+        super().__init__(optimizer, last_epoch)
+
+    def get_lr(self) -> list:
+        share = min(max((self.last_epoch / self.swa_start - 0.5) / 0.4, 0.0), 1.0)
+        return [(1 - share) * base + share * swa for base, swa in zip(self.base_lrs, self.swa_lrs, strict=True)]
+
+    @property
+    def collect_now(self) -> bool:
+        past = self.last_epoch + 1 - self.swa_start
+        return past >= 0 and past % self.collect_every == 0
+
+
+class _CyclicLR(LRScheduler):
+    """Rates between ``lr_1`` and ``lr_2`` by the place in a cycle alone; ``_share`` is that of ``lr_2``."""
+
+    def __init__(self, optimizer, cycle, lr_1, lr_2, last_epoch, multiple) -> None:
+        name = type(self).__name__
+        lrs_1, lrs_2 = _rates(name, "lr_1", lr_1, optimizer), _rates(name, "lr_2", lr_2, optimizer)
+        if any(low > high for high, low in zip(lrs_1, lrs_2, strict=True)):
+            raise ValueError(f"{name}: lr_2 must be at most lr_1, got lr_1={lr_1} and lr_2={lr_2}")
+        _whole(name, "cycle", cycle)
+        if cycle % multiple:
+            raise ValueError(f"{name}: cycle must be even, got {cycle}")
+        self.lrs_1, self.lrs_2, self.cycle = lrs_1, lrs_2, cycle
+        super().__init__(optimizer, last_epoch)
+
+    def get_lr(self) -> list:
+        share = self._share()
+        return [(1 - share) * high + share * low for high, low in zip(self.lrs_1, self.lrs_2, strict=True)]
+
+
+class SWACyclicLR(_CyclicLR):
+    """The sawtooth of the SWA paper: from near ``lr_1`` linearly down to ``lr_2`` within ``cycle`` steps, and again.
+
+    ``collect_now`` holds after the step at ``lr_2``, once a cycle.
+
+    Args:
+        optimizer: any torch optimizer; the rates it has are replaced.
+        cycle: steps (calls of ``step``) of a cycle.
+        lr_1, lr_2: highest and lowest rate, positive numbers or one for each parameter group.
+        last_epoch: as in ``torch.optim.lr_scheduler.LRScheduler``.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above. Nothing is changed.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        cycle: int,
+        lr_1: float | Sequence[float],
+        lr_2: float | Sequence[float],
+        *,
+        last_epoch: int = -1,
+    ) -> None:
+        super().__init__(optimizer, cycle, lr_1, lr_2, last_epoch, multiple=1)
+
+    def _share(self) -> float:
+        return (self.last_epoch % self.cycle + 1) / self.cycle
+
+    @property
+    def collect_now(self) -> bool:
+        return self.last_epoch % self.cycle == self.cycle - 1
+
+
+class FGETriangleLR(_CyclicLR):
+    """The triangle of fast geometric ensembling: ``lr_1`` to ``lr_2`` in half a cycle and back in the other half.
+
+    ``collect_now`` holds after the step at ``lr_2``, in the middle of each cycle. :class:`lsf.FGE` has one of its own.
+
+    Args:
+        optimizer: any torch optimizer; the rates it has are replaced.
+        cycle: steps (calls of ``step``) of a cycle, an even number.
+        lr_1, lr_2: highest and lowest rate, positive numbers or one for each parameter group.
+        last_epoch: as in ``torch.optim.lr_scheduler.LRScheduler``.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above. Nothing is changed.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        cycle: int,
+        lr_1: float | Sequence[float] = 0.05,
+        lr_2: float | Sequence[float] = 1e-4,
+        *,
+        last_epoch: int = -1,
+    ) -> None:
+        super().__init__(optimizer, cycle, lr_1, lr_2, last_epoch, multiple=2)
+
+    def _share(self) -> float:
+        t = self.last_epoch % self.cycle / self.cycle
+        return min(2 * t, 2 - 2 * t)
+
+    @property
+    def collect_now(self) -> bool:
+        return self.last_epoch % self.cycle == self.cycle // 2
+
+
+def _rates(name: str, argument: str, value: float | Sequence[float], optimizer: Optimizer) -> list[float]:
+    """One positive rate for each parameter group."""
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"{name}: optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    groups = len(optimizer.param_groups)
+    rates = list(value) if isinstance(value, list | tuple) else [value] * groups
+    if len(rates) != groups:
+        raise ValueError(f"{name}: {argument} must be one number or {groups}, one for each group, got {len(rates)}")
+    for rate in rates:
+        if isinstance(rate, bool) or not isinstance(rate, int | float):
+            raise TypeError(f"{name}: {argument} must be a number, got {type(rate).__name__}")
+        if not 0 < rate < math.inf:
+            raise ValueError(f"{name}: {argument} must be positive and finite, got {rate}")
+    return [float(rate) for rate in rates]
+
+
+def _whole(name: str, argument: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}: {argument} must be a positive int, got {value!r}")

@@ -1,0 +1,68 @@
+"""Predictions by an ensemble of SWAG's draws, each with BatchNorm statistics of its own."""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader, RandomSampler
+
+from losssurf_fast.averaging.batch_norm import call_on_batch, tracking_layers, update_bn
+from losssurf_fast.ops.noise import as_seed
+from losssurf_fast.prediction import evaluation_mode
+
+
+@torch.no_grad()
+def predict(
+    swag, data, num_samples, scale, cov, seed, block, bn_loader, recalibrate, subset, device, forward_kwargs,
+    process_group,
+) -> torch.Tensor:  # fmt: skip
+    model = swag.module
+    if model is None:
+        raise RuntimeError("predict: a sharded model is not copied; call sample(into=model), update_bn and that model")
+    swag._refuse_empty("predict")
+    if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
+        raise ValueError(f"predict: num_samples must be a positive int, got {num_samples!r}")
+    recalibrated = recalibrate and bool(tracking_layers(model))
+    if recalibrated and bn_loader is None:
+        raise ValueError(
+            "predict: bn_loader must yield the training data, as the BatchNorm statistics of every draw are its own; "
+            "recalibrate=False keeps those of module"
+        )
+    whole = isinstance(data, torch.Tensor | Mapping)
+    batches = [data] if whole else data
+    _refuse_single_pass("data", batches)
+    if isinstance(data, DataLoader) and isinstance(data.sampler, RandomSampler):
+        raise ValueError("predict: data must come in the same order in every pass, got a DataLoader with shuffle=True")
+    averages = list(swag.averages().values())
+    seed_here = as_seed("predict", seed, averages[0].device if averages else torch.device("cpu"))
+    if recalibrated:
+        _refuse_single_pass("bn_loader", bn_loader)
+        if seed is None and process_group is not False and dist.is_available() and dist.is_initialized():
+            dist.broadcast(seed_here, group=process_group, group_src=0)
+    total = None
+    with evaluation_mode("predict", model):
+        for s in range(num_samples):
+            swag.sample(scale, cov, seed_here, block, sample=s)
+            if recalibrated:
+                options = {"subset": subset, "forward_kwargs": forward_kwargs, "process_group": process_group}
+                update_bn(bn_loader, model, device, **options)
+            outputs = [_log_softmax(call_on_batch("predict", model, b, device, forward_kwargs)) for b in batches]
+            if not outputs:
+                raise ValueError("predict: data must yield at least one batch, got none")
+            log_probs = outputs[0] if whole else torch.cat(outputs)
+            total = log_probs if total is None else torch.logaddexp(total, log_probs)
+    return (total - math.log(num_samples)).exp()
+
+
+def _log_softmax(logits) -> torch.Tensor:
+    if not isinstance(logits, torch.Tensor):
+        raise TypeError(f"predict: the model must return a tensor of logits, got {type(logits).__name__}")
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+
+
+def _refuse_single_pass(argument: str, loader: Iterable) -> None:
+    if not isinstance(loader, Iterable):
+        raise TypeError(f"predict: {argument} must be an input or a loader, got {type(loader).__name__}")
+    if isinstance(loader, Iterator):
+        raise ValueError(f"predict: {argument} is read once for every draw, got a {type(loader).__name__} for one pass")

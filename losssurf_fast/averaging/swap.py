@@ -1,0 +1,68 @@
+"""A live model with the averages in its place, for as long as a ``with`` block."""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel as TorchAveragedModel
+
+from losssurf_fast.averaging import tensors
+
+_NAME = "averaged_weights"
+
+
+@contextlib.contextmanager
+def averaged_weights(model: nn.Module, average) -> Iterator[nn.Module]:
+    """Write averages into ``model`` for the block and restore it bit for bit after it, also after an exception.
+
+    The values are copied in place: Parameters, their addresses and their gradients stay, so that sharded
+    (``fully_shard``), compiled and captured models go on working; version counters go up. A copy of the model's tensors
+    is kept meanwhile. Blocks can be nested.
+
+    Args:
+        model: the live model, also in DistributedDataParallel or torch.compile.
+        average: a :class:`losssurf_fast.AveragedModel`, torch's, or an object whose ``averages()`` returns a dict of
+            tensors by the model's names: all of its parameters and either all of its buffers or none. They are cast to
+            the model's dtypes.
+
+    Yields:
+        ``model``.
+
+    Raises:
+        TypeError: ``model`` or ``average`` is none of these.
+        ValueError: names, shapes or placements differ. Nothing is changed.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{_NAME}: model must be a torch.nn.Module, got {type(model).__name__}")
+    averages = _averages_of(average)
+    live = tensors.named_parameters(model)
+    buffers = tensors.named_buffers(model)
+    if any(name in averages for name in buffers):
+        live |= buffers
+    live = tensors.match(_NAME, averages, live)
+    new = [tensors.local(t) for t in averages.values()]
+    with torch.no_grad():
+        saved = [tensors.local(t).clone() for t in live]
+    try:
+        _write(model, live, new)
+        yield model
+    finally:
+        _write(model, live, saved)
+
+
+def _averages_of(average) -> dict[str, torch.Tensor]:
+    if isinstance(average, TorchAveragedModel):
+        return {**tensors.named_parameters(average.module), **tensors.named_buffers(average.module)}
+    if not hasattr(average, "averages"):
+        raise TypeError(f"{_NAME}: average must be an average of a model, got {type(average).__name__}")
+    return average.averages()
+
+
+@torch.no_grad()
+def _write(model: nn.Module, live: list[torch.Tensor], values: list[torch.Tensor]) -> None:
+    """Copy into ``live``, whose sharded parts are gathered anew by the next forward."""
+    tensors.named_parameters(model)
+    if live:
+        torch._foreach_copy_([tensors.local(t) for t in live], values)
+        torch.autograd.graph.increment_version(live)

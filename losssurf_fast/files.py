@@ -1,0 +1,42 @@
+"""Files of tensors that are whole or not there, and are read without running code from them."""
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def write_atomically(path: str | os.PathLike, write: Callable[[str], None]) -> None:
+    """Let ``write`` fill a temporary file beside ``path``, then rename it; a failure leaves an older file as it was."""
+    path = Path(path)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=path.suffix)
+    os.close(handle)
+    try:
+        write(temporary)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def save_state(state: Any, path: str | os.PathLike) -> None:
+    """``torch.save``, atomically."""
+    write_atomically(path, lambda temporary: torch.save(state, temporary))
+
+
+def load_state(caller: str, path: str | os.PathLike) -> Any:
+    """What :func:`save_state` wrote, on the CPU.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, or holds something else than tensors in plain containers.
+    """
+    with open(path, "rb") as file:
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # what torch raises for damaged files differs with the damage
+            raise ValueError(f"{caller}: {path} is damaged or no file of {caller.split('.')[0]}: {error}") from error

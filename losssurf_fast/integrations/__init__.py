@@ -1,0 +1,33 @@
+"""Averages of weights inside other libraries' training loops; each module here needs its library."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from losssurf_fast.averaging import AveragedModel
+from losssurf_fast.averaging.batch_norm import update_bn
+from losssurf_fast.averaging.tensors import match, named_buffers, named_parameters
+
+
+def check_when(name: str, every: str, start: int) -> None:
+    """Refuse what a callback ``name`` cannot update at."""
+    if every not in ("step", "epoch"):
+        raise ValueError(f"{name}: every must be 'step' or 'epoch', got {every!r}")
+    if isinstance(start, bool) or not isinstance(start, int) or start < 0:
+        raise ValueError(f"{name}: start must be an int of at least 0, got {start!r}")
+
+
+def has_average(average: AveragedModel | None) -> bool:
+    return average is not None and bool(average.n_averaged > 0)
+
+
+def install_average(model: nn.Module, average: AveragedModel, loader: Iterable | None, device: torch.device) -> None:
+    """Leave the average in ``model`` for good, with the BatchNorm statistics of ``loader`` unless that is None."""
+    averages = average.averages()
+    live = match("AveragingCallback", averages, named_parameters(model) | named_buffers(model))
+    with torch.no_grad():
+        for t, value in zip(live, averages.values(), strict=True):
+            t.copy_(value)
+    if loader is not None:
+        update_bn(loader, model, device)

@@ -1,0 +1,68 @@
+import copy
+
+import pytest
+import torch
+from averaging import Net, assert_states, step
+from common import BF16
+from torch.optim import swa_utils
+
+import losssurf_fast as lsf
+from losssurf_fast.averaging import offload
+
+
+@pytest.mark.parametrize("staged", [False, True])
+@pytest.mark.parametrize("kwargs", [{}, {"avg_fn": swa_utils.get_ema_avg_fn(0.7)}, {"use_buffers": True}])
+def test_offload(staged, kwargs, monkeypatch):
+    model = Net().to(BF16)
+    averaged, expected = lsf.AveragedModel(model, offload="cpu", **kwargs), lsf.AveragedModel(model, **kwargs)
+    monkeypatch.setattr(offload, "leaves_device", lambda values: staged)
+    uses = [
+        lambda: averaged.module.first.weight,
+        lambda: averaged.state_dict(),
+        lambda: averaged(torch.randn(4, 5, dtype=BF16)),
+        lambda: list(averaged.parameters()),
+        lambda: averaged.averages(),
+        lambda: averaged.to("cpu"),
+        lambda: copy.deepcopy(averaged),
+        lambda: averaged.synchronize(),
+    ]
+    model.eval(), averaged.eval()
+    for use in uses:
+        step(model)
+        averaged.update_parameters(model)
+        expected.update_parameters(model)
+        assert (averaged._pending is not None) == staged
+        step(model)  # the weights may change before the average is made
+        use()
+        assert averaged._pending is None
+        assert_states(averaged.state_dict(), expected.state_dict(), exact=True)
+    averaged.update_parameters(model)
+    expected.update_parameters(model)
+    averaged.update_parameters(model)
+    expected.update_parameters(model)
+    assert_states(averaged.state_dict(), expected.state_dict(), exact=True)
+    averaged.update_parameters(model)
+    averaged.load_state_dict(expected.state_dict())
+    assert_states(averaged.state_dict(), expected.state_dict(), exact=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_offload_on_a_gpu_takes_the_weights_of_its_moment_and_does_not_wait():
+    model = Net().cuda()
+    averaged, expected = lsf.AveragedModel(model, offload="cpu"), lsf.AveragedModel(model)
+    assert all(p.is_pinned() for p in averaged.module.parameters() if p.numel())
+    for i in range(4):
+        torch.cuda._sleep(50_000_000)  # the copies must come after the step before them, and before the one after
+        step(model)
+        torch.cuda.set_sync_debug_mode("error" if i else "default")  # the first makes the staging buffers
+        averaged.update_parameters(model)
+        expected.update_parameters(model)
+        torch.cuda.set_sync_debug_mode("default")
+        step(model)
+        assert averaged._pending is not None
+    state = {name: value.cpu() for name, value in expected.state_dict().items()}
+    torch.testing.assert_close(dict(averaged.state_dict()), state)
+    x = torch.randn(4, 5, device="cuda")
+    with torch.no_grad(), lsf.averaged_weights(model.eval(), averaged):
+        torch.testing.assert_close(model(x), expected.eval()(x))

@@ -1,0 +1,144 @@
+import math
+
+import pytest
+import torch
+from averaging import Net, step
+from common import BF16
+from torch import nn
+from torch.optim import swa_utils
+
+import losssurf_fast as lsf
+
+
+def averaged_pair(dtype=None, make=lsf.AveragedModel):
+    model = Net().to(dtype)
+    average = make(model)
+    for _ in range(3):
+        step(model)
+        average.update_parameters(model)
+    step(model)
+    return model.eval(), average.eval()
+
+
+def bits(model):
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    return {name: t.detach().clone().view(-1).view(torch.uint8) for name, t in tensors}
+
+
+def assert_same_bits(model, before):
+    assert all(torch.equal(now, before[name]) for name, now in bits(model).items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+@pytest.mark.parametrize("make", [lsf.AveragedModel, swa_utils.AveragedModel])
+@pytest.mark.parametrize("wrap", [lambda m: m, nn.DataParallel, lambda m: torch.compile(m, backend="eager")])
+def test_swaps_and_restores(dtype, make, wrap):
+    model, average = averaged_pair(dtype, make)
+    with torch.no_grad():
+        model.frozen.copy_(torch.tensor([-0.0, math.nan, math.inf]))
+    model.first.weight.grad = torch.ones_like(model.first.weight)
+    before, pointers = bits(model), [p.data_ptr() for p in model.parameters()]
+    versions, objects = [p._version for p in model.parameters()], [*model.parameters()]
+    x = torch.randn(4, 5, dtype=dtype)
+    wrapped = wrap(model)
+    with lsf.averaged_weights(wrapped, average) as inside:
+        assert inside is wrapped
+        assert torch.equal(wrapped(x), average(x)) and torch.equal(model.cache.float(), average.module.cache.float())
+        assert model.mask.equal(average.module.mask)
+    assert_same_bits(model, before)
+    assert [p.data_ptr() for p in model.parameters()] == pointers
+    assert all(a is b for a, b in zip(model.parameters(), objects, strict=True))
+    assert all(now >= then + 2 for now, then in zip([p._version for p in model.parameters()], versions, strict=True))
+    assert model.first.weight.grad.eq(1).all()
+
+
+def test_restores_after_an_exception_and_when_nested():
+    model, average = averaged_pair()
+    other = lsf.AveragedModel(Net(), use_buffers=True)
+    before = bits(model)
+    with pytest.raises(ZeroDivisionError), lsf.averaged_weights(model, average):
+        outer = bits(model)
+        with lsf.averaged_weights(model, other):
+            assert torch.equal(model.first.weight, other.module.first.weight)
+            step(model)  # what happens to the averages inside is undone too
+        assert_same_bits(model, outer)
+        raise ZeroDivisionError
+    assert_same_bits(model, before)
+
+
+def test_inside_inference_mode():
+    model, average = averaged_pair()
+    before, x = bits(model), torch.randn(4, 5)
+    with torch.inference_mode(), lsf.averaged_weights(model, average):
+        assert torch.equal(model(x), average(x))
+    with lsf.averaged_weights(model, average), torch.inference_mode():
+        assert torch.equal(model(x), average(x))
+    assert_same_bits(model, before)
+    model(x).sum().backward()
+
+
+def test_training_sees_the_swap():
+    model, average = averaged_pair()
+    loss = model(torch.randn(4, 5, requires_grad=True)).sum()
+    with lsf.averaged_weights(model, average):
+        pass
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_whatever_has_averages():
+    class Mean:
+        def __init__(self, tensors):
+            self.tensors = tensors
+
+        def averages(self):
+            return self.tensors
+
+    model = Net()
+    before = bits(model)
+    parameters = {name: torch.ones_like(p) for name, p in model.named_parameters()}
+    with lsf.averaged_weights(model, Mean(parameters)):
+        assert all((p == 1).all() for p in model.parameters())
+        assert torch.equal(model.cache.view(torch.uint8), before["cache"])  # buffers are left where none are given
+    refused = {
+        "it has mask, norm.running_mean, norm.running_var and 1 more besides": {"cache": torch.zeros(2)},
+        "it lacks other": {"other": torch.zeros(2)},
+        r"frozen must have shape \(2,\), got \(3,\)": {"frozen": torch.zeros(2)},
+    }
+    for message, changed in refused.items():
+        with (
+            pytest.raises(ValueError, match=f"averaged_weights: .*{message}"),
+            lsf.averaged_weights(model, Mean(parameters | changed)),
+        ):
+            pass
+    with (
+        pytest.raises(ValueError, match="it has frozen besides"),
+        lsf.averaged_weights(model, Mean({n: p for n, p in parameters.items() if n != "frozen"})),
+    ):
+        pass
+    assert_same_bits(model, before)
+
+
+def test_an_offloaded_update_is_finished_first(monkeypatch):
+    monkeypatch.setattr("losssurf_fast.averaging.offload.leaves_device", lambda values: True)
+    model = Net()
+    average = lsf.AveragedModel(model, offload="cpu")
+    step(model)
+    average.update_parameters(model)
+    expected = bits(model)
+    step(model)
+    with lsf.averaged_weights(model, average):
+        assert_same_bits(model, expected)
+
+
+def test_bad_arguments():
+    with (
+        pytest.raises(TypeError, match=r"averaged_weights: model must be a torch.nn.Module, got int"),
+        lsf.averaged_weights(3, 4),
+    ):
+        pass
+    with (
+        pytest.raises(TypeError, match="averaged_weights: average must be an average of a model, got Linear"),
+        lsf.averaged_weights(nn.Linear(1, 1), nn.Linear(1, 1)),
+    ):
+        pass

@@ -1,0 +1,293 @@
+"""The callbacks in the real libraries' loops; lightning and transformers take seconds to import, here alone."""
+
+import functools
+import importlib
+import subprocess
+import sys
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+from transformers import Trainer, TrainingArguments
+
+import losssurf_fast as lsf
+from losssurf_fast.integrations import lightning as for_lightning
+from losssurf_fast.integrations import transformers as for_transformers
+from losssurf_fast.integrations.transformers import EvaluateAverage
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:.*log_every_n_steps"),
+]
+EMA = functools.partial(lsf.AveragedModel, average="ema", decay=0.7, use_buffers=True)
+
+
+def samples(count=16):
+    generator = torch.Generator().manual_seed(5)
+    return torch.randn(count, 3, generator=generator), torch.randint(2, (count,), generator=generator)
+
+
+def network():
+    torch.manual_seed(2)
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2))
+
+
+def weights(module):
+    return {name: p.detach().clone() for name, p in module.named_parameters()}
+
+
+def mean_of(models):
+    return {name: torch.stack([m[name] for m in models]).mean(0) for name in models[0]}
+
+
+def assert_close(actual, expected):
+    assert actual.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(actual[name], expected[name], atol=1e-6, rtol=1e-5)
+
+
+# ---- lightning ------------------------------------------------------------------------------------------------------
+
+
+class Module(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = network()
+        self.after_steps, self.in_validation, self.in_test, self.fails = [], [], [], False
+
+    def forward(self, x):
+        return self.net(x)
+
+    def training_step(self, batch, index):
+        return F.cross_entropy(self(batch[0]), batch[1])
+
+    def validation_step(self, batch, index):
+        if self.fails:
+            raise ZeroDivisionError
+        self.in_validation.append(weights(self))
+
+    def test_step(self, batch, index):
+        self.in_test.append(weights(self))
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.3, momentum=0.9)
+
+    def optimizer_step(self, *args, **kwargs):
+        super().optimizer_step(*args, **kwargs)
+        self.after_steps.append(weights(self))
+
+
+def loader(count=16):
+    return DataLoader(TensorDataset(*samples(count)), batch_size=4)
+
+
+def trainer(tmp_path, callback, **options):
+    options = {"max_epochs": 2, "enable_checkpointing": False, **options}
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    return pl.Trainer(accelerator="cpu", callbacks=[callback], default_root_dir=tmp_path, **quiet, **options)
+
+
+def test_lightning_averages_optimizer_steps_and_validates_the_average(tmp_path):
+    callback = for_lightning.AveragingCallback(start=1, copy_at_end=False)
+    module = Module()
+    run = trainer(tmp_path, callback, accumulate_grad_batches=2)
+    run.fit(module, loader(), loader(4))
+    steps = module.after_steps
+    assert len(steps) == 4  # 8 batches
+    assert callback.average.n_averaged == 3
+    assert_close(weights(callback.average.module), mean_of(steps[1:]))
+    sanity, first, second = module.in_validation[0], module.in_validation[-2], module.in_validation[-1]
+    assert_close(sanity, weights(Module()))
+    assert_close(first, steps[1])
+    assert_close(second, mean_of(steps[1:]))
+    assert_close(weights(module), steps[-1])
+    run.test(module, loader(4), verbose=False)
+    assert_close(module.in_test[0], mean_of(steps[1:]))
+    assert_close(weights(module), steps[-1])
+
+
+def test_lightning_epochs_and_what_is_left_in_the_module(tmp_path):
+    callback = for_lightning.AveragingCallback(every="epoch", start=1)
+    module = Module()
+    run = trainer(tmp_path, callback, max_epochs=3)
+    run.fit(module, loader(), loader(4))
+    steps = module.after_steps
+    expected = mean_of([steps[7], steps[11]])
+    assert_close(module.in_validation[-2], steps[7])  # the epoch that is being validated is in the average
+    assert_close(module.in_validation[-1], expected)
+    assert_close(weights(module), expected)
+    by_hand = Module()
+    by_hand.load_state_dict(module.state_dict())
+    lsf.update_bn(loader(), by_hand)
+    assert torch.equal(by_hand.net[1].running_mean, module.net[1].running_mean)
+    assert torch.equal(by_hand.net[1].running_var, module.net[1].running_var)
+    statistics = module.net[1].running_mean.clone()
+    run.test(module, loader(4), verbose=False)
+    assert torch.equal(module.net[1].running_mean, statistics)
+
+
+def test_lightning_restores_the_module_after_an_exception(tmp_path):
+    module = Module()
+    module.fails = True
+    run = trainer(tmp_path, for_lightning.AveragingCallback(), num_sanity_val_steps=0)
+    with pytest.raises(ZeroDivisionError):
+        run.fit(module, loader(), loader(4))
+    assert_close(weights(module), module.after_steps[-1])
+
+
+@pytest.mark.parametrize("every", ["step", "epoch"])
+def test_lightning_resumes_with_the_same_average(tmp_path, every):
+    make = functools.partial(for_lightning.AveragingCallback, EMA, every=every)
+    whole, half, resumed, tested = make(), make(), make(), make()
+    trainer(tmp_path, whole, max_epochs=3).fit(Module(), loader())
+    path = tmp_path / "half.ckpt"
+    save = pl.callbacks.ModelCheckpoint(tmp_path, filename="half", save_top_k=-1)
+    run = trainer(tmp_path, half, max_epochs=2, enable_checkpointing=True)
+    run.callbacks.append(save)
+    run.fit(Module(), loader(), loader(4))
+    assert path.is_file()
+    trainer(tmp_path, resumed, max_epochs=3).fit(Module(), loader(), ckpt_path=path)
+    expected, actual = whole.average.state_dict(), resumed.average.state_dict()
+    assert actual["n_averaged"] == expected["n_averaged"] == (12 if every == "step" else 3)
+    assert_close(actual, expected)
+
+    module = Module()
+    trainer(tmp_path, tested).test(module, loader(4), ckpt_path=path, verbose=False)
+    assert tested.average.n_averaged < 12
+    assert_close(module.in_test[0], weights(tested.average.module))
+
+
+# ---- transformers ---------------------------------------------------------------------------------------------------
+
+
+class Classifier(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = network()
+        self.evaluated = []
+
+    def forward(self, x, labels=None):
+        if not self.training:
+            self.evaluated.append(weights(self))
+        logits = self.net(x)
+        return {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
+
+class Recorder(for_transformers.AveragingCallback):
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.after_steps = []
+
+    def on_step_end(self, args, state, control, model, **kwargs):
+        self.after_steps.append(weights(model))
+        super().on_step_end(args, state, control, model, **kwargs)
+
+
+class AveragingTrainer(EvaluateAverage, Trainer):
+    pass
+
+
+def rows(count=16):
+    return [{"x": x, "labels": y} for x, y in zip(*samples(count), strict=True)]
+
+
+def hf_trainer(tmp_path, callback, kind=Trainer, epochs=2, **options):
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        num_train_epochs=epochs,
+        per_device_train_batch_size=4,
+        learning_rate=0.05,
+        lr_scheduler_type="constant",
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+        logging_strategy="no",
+        **{"save_strategy": "no", **options},
+    )
+    evaluated = {"a": rows(4), "b": rows(8)}
+    return kind(Classifier(), arguments, train_dataset=rows(), eval_dataset=evaluated, callbacks=[callback])
+
+
+def test_transformers_averages_optimizer_steps_and_evaluates_the_average(tmp_path):
+    callback = Recorder(start=1, copy_at_end=False)
+    run = hf_trainer(tmp_path, callback, AveragingTrainer, gradient_accumulation_steps=2, eval_strategy="epoch")
+    run.train()
+    steps, model = callback.after_steps, run.model
+    assert len(steps) == 4
+    expected = mean_of(steps[1:])
+    assert_close(weights(callback.average.module), expected)
+    assert_close(model.evaluated[0], steps[1])
+    assert_close(model.evaluated[-1], expected)
+    assert_close(weights(model), steps[-1])
+    del model.evaluated[:]
+    run.evaluate()
+    assert len(model.evaluated) == 2
+    assert_close(model.evaluated[1], expected)
+    assert_close(weights(model), steps[-1])
+
+
+def test_transformers_epochs_and_what_is_left_in_the_model(tmp_path):
+    callback = Recorder(every="epoch", start=1)
+    run = hf_trainer(tmp_path, callback, AveragingTrainer, epochs=3, eval_strategy="no")
+    run.train()
+    assert_close(weights(run.model), mean_of([callback.after_steps[7], callback.after_steps[11]]))
+    statistics = run.model.net[1].running_mean.clone()
+    by_hand = Classifier()
+    by_hand.load_state_dict(run.model.state_dict())
+    lsf.update_bn(run.get_train_dataloader(), by_hand)
+    torch.testing.assert_close(by_hand.net[1].running_mean, statistics)
+    run.evaluate()
+    assert torch.equal(run.model.net[1].running_mean, statistics)
+
+
+@pytest.mark.parametrize("every", ["step", "epoch"])
+def test_transformers_resumes_with_the_same_average(tmp_path, every):
+    make = functools.partial(for_transformers.AveragingCallback, EMA, every=every)
+    whole, half, resumed, moved = make(), make(), make(), make(resume_from=tmp_path / "moved")
+    hf_trainer(tmp_path / "whole", whole, epochs=3).train()
+    hf_trainer(tmp_path / "half", half, epochs=2, save_strategy="steps", save_steps=4).train()
+    checkpoint = tmp_path / "half" / "checkpoint-4"
+    hf_trainer(tmp_path / "half", resumed, epochs=3).train(resume_from_checkpoint=str(checkpoint))
+    expected, actual = whole.average.state_dict(), resumed.average.state_dict()
+    assert actual["n_averaged"] == expected["n_averaged"] == (12 if every == "step" else 3)
+    assert_close(actual, expected)
+
+    checkpoint.rename(tmp_path / "moved")
+    with pytest.raises(RuntimeError, match="at step 4 but there is no weight_average.pt in .*checkpoint-4; pass"):
+        hf_trainer(tmp_path / "half", make()).train(resume_from_checkpoint=str(tmp_path / "moved"))
+    hf_trainer(tmp_path / "half", moved, epochs=3).train(resume_from_checkpoint=str(tmp_path / "moved"))
+    assert_close(moved.average.state_dict(), expected)
+    file = tmp_path / "moved" / "weight_average.pt"
+    file.write_bytes(file.read_bytes()[:-50])
+    with pytest.raises(ValueError, match="AveragingCallback: .*weight_average.pt is damaged"):
+        hf_trainer(tmp_path / "half", moved).train(resume_from_checkpoint=str(tmp_path / "moved"))
+
+
+# ---- both -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("module", [for_lightning, for_transformers])
+def test_bad_arguments(module):
+    with pytest.raises(ValueError, match="AveragingCallback: every must be 'step' or 'epoch', got 'day'"):
+        module.AveragingCallback(every="day")
+    for start in (-1, 0.5, True):
+        with pytest.raises(ValueError, match=f"AveragingCallback: start must be an int of at least 0, got {start}"):
+            module.AveragingCallback(start=start)
+
+
+@pytest.mark.parametrize(("library", "extra"), [("lightning.pytorch", "lightning"), ("transformers", "transformers")])
+def test_missing_library(monkeypatch, library, extra):
+    name = f"losssurf_fast.integrations.{extra}"
+    monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(ImportError, match=rf"{name}: needs .*pip install 'losssurf_fast\[{extra}\]'"):
+        importlib.import_module(name)
+
+
+def test_the_package_imports_neither():
+    code = "import sys, losssurf_fast; print([m for m in ('lightning', 'transformers') if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout == "[]\n"
