@@ -96,6 +96,12 @@ struct Kernels {
   void (*swag_collect)(float weight, bool first, int64_t n, float* mean, float* m2, Array value, Array deviation);
   // Elements [begin, begin + n) of all samples of a parameter
   void (*swag_sample)(const SwagParameter&, int64_t begin, int64_t n);
+  // The largest |x| as bits of fp32, where NaN is above infinity
+  uint32_t (*max_magnitude)(int64_t n, Array x);
+  // Mantissas of at most 8 bits are int8, others int16. Rounds to the nearest where noise is null.
+  void (*block_float_quantize)(const NoiseStream* noise, int64_t n, Array x, int exponent, int word_length,
+                               void* mantissa);
+  void (*block_float_dequantize)(int64_t n, const void* mantissa, int exponent, int word_length, float* out);
 };
 
 // Kernels of the best instruction set of this CPU, or of the one chosen by use_instruction_set.

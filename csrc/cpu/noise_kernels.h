@@ -45,14 +45,27 @@ template <class V> LSF_INLINE void store_quads(float* out, Two<V> even, Two<V> o
   store_quads(out + 2 * sizeof(V) / sizeof(float), even.b, odd.b);
 }
 
-// The words of a step become normals only while the next step draws its words: each alone waits for its own latencies,
+// What a step makes of its words: numbers of the even and the odd columns.
+struct Normals {
+  static LSF_INLINE void make(StepWords a, StepWords b, StepFloats& even, StepFloats& odd) {
+    box_muller(a, b, even, odd);
+  }
+};
+struct Uniforms {  // the top 24 bits, in [0, 1)
+  static LSF_INLINE void make(StepWords a, StepWords b, StepFloats& even, StepFloats& odd) {
+    even = signed_to_float(a >> 8) * 0x1p-24f;
+    odd = signed_to_float(b >> 8) * 0x1p-24f;
+  }
+};
+
+// The words of a step become numbers only while the next step draws its words: each alone waits for its own latencies,
 // together they fill the ports.
-struct Step {
+template <class Numbers> struct Step {
   StepWords a, b;
   float* out;
   LSF_INLINE void finish() const {
     StepFloats even, odd;
-    box_muller(a, b, even, odd);
+    Numbers::make(a, b, even, odd);
     store_quads(out, even, odd);
   }
   template <class... U> LSF_INLINE void next(PhiloxWords<U...> counters, const KeyTable& keys, float* next_out) {
@@ -63,7 +76,7 @@ struct Step {
 };
 
 // The noise of a tile row after row, whole quads each.
-LSF_INLINE void draw_quads(NoiseStream stream, Tile tile, float* out) {
+template <class Numbers = Normals> LSF_INLINE void draw_quads(NoiseStream stream, Tile tile, float* out) {
   const uint64_t first_col = stream.col_offset + tile.col, first_row = stream.row_offset + tile.row;
   const uint32_t first_quad = (uint32_t)(first_col >> 2), sample = stream.sample;
   const ptrdiff_t quads = ((first_col & 3) + tile.cols + 3) / 4;
@@ -83,7 +96,7 @@ LSF_INLINE void draw_quads(NoiseStream stream, Tile tile, float* out) {
   memcpy(&row_ahead, lane_rows, sizeof row_ahead);
 
   float outside[4 * kStep];  // for the step before the first one and for what the last one has too much
-  Step step = {{}, {}, outside};
+  Step<Numbers> step = {{}, {}, outside};
   float* const end = out + 4 * quads * tile.rows;
   for (q = 0, r = 0; out < end;) {
     const uint64_t row = first_row + r;

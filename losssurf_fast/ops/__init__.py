@@ -4,6 +4,7 @@ import importlib.util
 
 from losssurf_fast._library import explain_missing
 from losssurf_fast.ops.averaging import ema_, lerp_
+from losssurf_fast.ops.block_float import block_float, block_float_dequantize, block_float_quantize
 from losssurf_fast.ops.kl import kl_ard, kl_log_uniform, kl_normal
 from losssurf_fast.ops.lrt import lrt_linear, lrt_sample
 from losssurf_fast.ops.noise import philox_normal
@@ -21,6 +22,9 @@ else:
     explain_missing("cuda", "triton is not installed")
 
 __all__ = [
+    "block_float",
+    "block_float_dequantize",
+    "block_float_quantize",
     "ema_",
     "kl_ard",
     "kl_log_uniform",
