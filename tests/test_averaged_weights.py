@@ -131,6 +131,17 @@ def test_an_offloaded_update_is_finished_first(monkeypatch):
         assert_same_bits(model, expected)
 
 
+def test_buffers_that_the_average_lacks_are_restored_too():
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    swag = lsf.SWAG(model)
+    swag.collect_model(model)
+    before = bits(model)
+    with lsf.averaged_weights(model, swag):
+        lsf.update_bn([torch.randn(6, 3)], model)
+        assert model[1].num_batches_tracked == 1
+    assert_same_bits(model, before)
+
+
 def test_bad_arguments():
     with (
         pytest.raises(TypeError, match=r"averaged_weights: model must be a torch.nn.Module, got int"),
