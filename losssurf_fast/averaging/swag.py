@@ -9,11 +9,11 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
-from torch.nn.parameter import is_lazy
 
 from losssurf_fast import ops
 from losssurf_fast.averaging import swag_convert, swag_density, swag_predict
-from losssurf_fast.averaging.mesh import all_reduce_, broadcast_, mesh_of, part_of, zeros_beside
+from losssurf_fast.averaging.holder import require_weights
+from losssurf_fast.averaging.mesh import broadcast_, mesh_of, part_of, require_finite, zeros_beside
 from losssurf_fast.averaging.tensors import local, match, named_parameters, persistent_buffers, place_of, unwrap
 from losssurf_fast.ops.averaging import AVERAGING_DTYPES
 from losssurf_fast.ops.noise import as_seed
@@ -72,10 +72,9 @@ class SWAG(nn.Module):
         if deviations_dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise TypeError(f"SWAG: deviations_dtype must be float32, bfloat16 or float16, got {deviations_dtype}")
         parameters = named_parameters(model)
+        require_weights("SWAG", parameters)
         for name, p in parameters.items():
-            if is_lazy(p) or p.is_meta:
-                raise ValueError(f"SWAG: {name} must hold values; run a lazy model once, materialise one on meta")
-            if p.dtype not in AVERAGING_DTYPES:
+            if not p.is_floating_point():
                 raise TypeError(f"SWAG: {name} must have a floating dtype of {AVERAGING_DTYPES}, got {p.dtype}")
         self._mesh = mesh_of("SWAG", parameters.values())
         if self._mesh is not None and device is not None:
@@ -115,9 +114,9 @@ class SWAG(nn.Module):
         parameters = match("collect_model", self._mean, named_parameters(model))
         buffers = match("collect_model", self._collected_buffers, persistent_buffers(model))
         mean, m2, deviations = self._local_state()
-        values = [local(p).to(a.device) for p, a in zip(parameters, mean, strict=True)]
         if check_finite:
-            self._refuse_infinite(values)
+            require_finite("collect_model", dict(zip(self._mean, parameters, strict=True)))
+        values = [local(p).to(a.device) for p, a in zip(parameters, mean, strict=True)]
         ops.swag_collect_(mean, m2, deviations, values, self.n_models)
         self._copy_buffers(buffers)
         self.n_models += 1
@@ -371,15 +370,6 @@ class SWAG(nn.Module):
     def _refuse_empty(self, caller: str) -> None:
         if self.n_models == 0:
             raise RuntimeError(f"{caller}: nothing has been collected; call collect_model first")
-
-    def _refuse_infinite(self, values: list[torch.Tensor]) -> None:
-        bad = [(~torch.isfinite(v)).any() for v in values]
-        found = torch.stack([b.to(bad[0].device) for b in bad]).long() if bad else torch.zeros(0).long()
-        if self._mesh is not None:
-            all_reduce_(found, self._mesh)
-        names = [name for name, b in zip(self._mean, found.tolist(), strict=True) if b]
-        if names:
-            raise ValueError(f"collect_model: weights must be finite, got NaN or infinity in {', '.join(names[:3])}")
 
     def _copy_buffers(self, values: list[torch.Tensor]) -> None:
         copies = {} if self.module is None else persistent_buffers(self.module)

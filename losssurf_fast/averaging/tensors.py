@@ -91,6 +91,11 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
+def real(tensor: torch.Tensor) -> torch.Tensor:
+    """A complex tensor as pairs of reals, the same memory."""
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
 def like(tensor: torch.Tensor, here: torch.Tensor) -> torch.Tensor:
     """``here`` as this rank's part of a tensor that is placed as ``tensor`` is."""
     if not isinstance(tensor, DTensor):
