@@ -86,7 +86,7 @@ class FGE:
         """Make the weights of ``model`` (None: the ensemble's own) a member.
 
         Raises:
-            ValueError: its names or shapes are not those of the ensemble's model.
+            TypeError, ValueError: its names, shapes or kinds of dtypes are not those of the ensemble's model.
         """
         tensors = _tensors(self.model)
         if model is not None:

@@ -305,9 +305,6 @@ class SWAG(nn.Module):
         """
         ours = self.state_dict()
         swag_convert.check_entries(f"load_state_dict: state_dict (no_cov_mat={self.no_cov_mat})", ours, state_dict)
-        for key, value in state_dict.items():
-            if value.is_floating_point() != ours[key].is_floating_point():
-                raise TypeError(f"load_state_dict: {key} must be like {ours[key].dtype}, got {value.dtype}")
         values = match("load_state_dict", ours, state_dict)
         n_models = int(state_dict["n_models"])
         if n_models < 0:

@@ -33,7 +33,7 @@ def averaged_weights(model: nn.Module, average) -> Iterator[nn.Module]:
         ``model``.
 
     Raises:
-        TypeError: ``model`` or ``average`` is none of these.
+        TypeError: ``model`` or ``average`` is none of these, or kinds of dtypes (floating, complex, integer) differ.
         ValueError: names, shapes or placements differ. Nothing is changed.
     """
     if not isinstance(model, nn.Module):
