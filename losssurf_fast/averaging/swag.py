@@ -271,7 +271,12 @@ class SWAG(nn.Module):
         return swag_density.density("logdet", self, None, scale, cov, block, var_floor)
 
     def averages(self) -> dict[str, torch.Tensor]:
-        """The means by parameter name: SWA's weights. They are the state itself, not copies."""
+        """The means by parameter name: SWA's weights. They are the state itself, not copies.
+
+        Raises:
+            RuntimeError: nothing has been collected.
+        """
+        self._refuse_empty("averages")
         return dict(self._mean)
 
     def forward(self, *args, **kwargs):
