@@ -51,6 +51,7 @@ class SWAG(nn.Module):
         NotImplementedError: a placement whose noise is not written.
     """
 
+    @torch.inference_mode(False)  # or no update could follow outside it
     def __init__(
         self,
         model: nn.Module,
