@@ -65,6 +65,10 @@ def update_bn(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"update_bn: model must be a torch.nn.Module, got {type(model).__name__}")
+    if not isinstance(loader, Iterable):
+        raise TypeError(f"update_bn: loader must be an iterable of batches, got {type(loader).__name__}")
+    if forward_kwargs is not None and not isinstance(forward_kwargs, Mapping):
+        raise TypeError(f"update_bn: forward_kwargs must be a mapping, got {type(forward_kwargs).__name__}")
     limit = _num_batches(loader, subset)
     layers = tracking_layers(model)
     if not layers:

@@ -66,4 +66,4 @@ def _write(model: nn.Module, live: list[torch.Tensor], values: list[torch.Tensor
     tensors.named_parameters(model)
     if live:
         torch._foreach_copy_([tensors.local(t) for t in live], values)
-        torch.autograd.graph.increment_version(live)
+        torch.autograd.graph.increment_version([t for t in live if not t.is_inference()])  # which have none
