@@ -276,6 +276,13 @@ def test_bad_arguments(module):
     for start in (-1, 0.5, True):
         with pytest.raises(ValueError, match=f"AveragingCallback: start must be an int of at least 0, got {start}"):
             module.AveragingCallback(start=start)
+    with pytest.raises(TypeError, match="AveragingCallback: make_average must be a function .* got AveragedModel"):
+        module.AveragingCallback(lsf.AveragedModel(nn.Linear(2, 2)))
+
+
+def test_make_average_makes_an_averaged_model(tmp_path):
+    with pytest.raises(TypeError, match="AveragingCallback: make_average must return an AveragedModel, got SWAG"):
+        hf_trainer(tmp_path, for_transformers.AveragingCallback(lsf.SWAG)).train()
 
 
 @pytest.mark.parametrize(("library", "extra"), [("lightning.pytorch", "lightning"), ("transformers", "transformers")])

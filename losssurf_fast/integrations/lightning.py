@@ -15,7 +15,7 @@ except ImportError as error:
     ) from error
 
 from losssurf_fast.averaging import AveragedModel, averaged_weights
-from losssurf_fast.integrations import check_when, has_average, install_average
+from losssurf_fast.integrations import check_arguments, has_average, install_average, make
 
 
 class AveragingCallback(Callback):
@@ -40,7 +40,7 @@ class AveragingCallback(Callback):
         average: the :class:`lsf.AveragedModel`, None before training.
 
     Raises:
-        ValueError: ``every`` or ``start`` is not as above.
+        TypeError, ValueError: an argument is not as above, or ``make_average`` makes something else.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class AveragingCallback(Callback):
         copy_at_end: bool = True,
         recalibrate_bn: bool = True,
     ) -> None:
-        check_when("AveragingCallback", every, start)
+        check_arguments("AveragingCallback", make_average, every, start)
         self.make_average, self.every, self.start = make_average, every, start
         self.evaluate_average, self.copy_at_end, self.recalibrate_bn = evaluate_average, copy_at_end, recalibrate_bn
         self.average: AveragedModel | None = None
@@ -64,7 +64,7 @@ class AveragingCallback(Callback):
 
     def _make(self, module: LightningModule) -> None:
         with torch.inference_mode(False):  # Lightning tests within inference mode, whose tensors never leave it
-            self.average = self.make_average(module)
+            self.average = make("AveragingCallback", self.make_average, module)
         if self._loaded is not None:
             self.average.load_state_dict(self._loaded)
             self._loaded = None
