@@ -30,7 +30,7 @@ class AveragingCallback(Callback):
             gives any other than the equal average of SWA.
         every: "step" or "epoch".
         start: how many optimizer steps, or epochs, pass before the first that is averaged.
-        evaluate_average: validate and test with the average in the module, once there is one. Buffers are then the
+        evaluate_average: validate, test and predict with the average in the module, once there is one. Buffers are then the
             average's own; with BatchNorm pass ``use_buffers=True`` to ``make_average``, which averages them.
         copy_at_end: leave the average in the module when training ends.
         recalibrate_bn: then run the training data through the module for its BatchNorm layers (``lsf.update_bn``); the
@@ -84,8 +84,10 @@ class AveragingCallback(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.copy_at_end and has_average(self.average):
-            loader = trainer.train_dataloader if self.recalibrate_bn else None
-            install_average(pl_module, self.average, loader, pl_module.device)
+            precision = trainer.precision_plugin
+            loader = map(precision.convert_input, trainer.train_dataloader) if self.recalibrate_bn else None
+            with precision.forward_context():
+                install_average(pl_module, self.average, loader, pl_module.device)
             self._in_module = True
 
     def _swap_in(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -97,8 +99,8 @@ class AveragingCallback(Callback):
     def _swap_out(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._swap.close()
 
-    on_validation_start = on_test_start = _swap_in
-    on_validation_end = on_test_end = _swap_out
+    on_validation_start = on_test_start = on_predict_start = _swap_in
+    on_validation_end = on_test_end = on_predict_end = _swap_out
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._swap.close()
