@@ -208,7 +208,7 @@ def test_update_bn_refuses_arguments_of_other_types():
     with pytest.raises(TypeError, match="model must be a torch.nn.Module, got int"):
         lsf.update_bn([], 3)
     with pytest.raises(TypeError, match="update_bn: loader must be an iterable of batches, got int"):
-        lsf.update_bn(3, nn.Linear(2, 2))
+        lsf.update_bn(3, nn.BatchNorm1d(3))
     with pytest.raises(TypeError, match="update_bn: forward_kwargs must be a mapping, got list"):
         lsf.update_bn([], nn.BatchNorm1d(3), forward_kwargs=[1])
 

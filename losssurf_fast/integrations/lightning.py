@@ -30,8 +30,8 @@ class AveragingCallback(Callback):
             gives any other than the equal average of SWA.
         every: "step" or "epoch".
         start: how many optimizer steps, or epochs, pass before the first that is averaged.
-        evaluate_average: validate, test and predict with the average in the module, once there is one. Buffers are then the
-            average's own; with BatchNorm pass ``use_buffers=True`` to ``make_average``, which averages them.
+        evaluate_average: validate, test and predict with the average in the module, once there is one. Buffers are
+            then the average's own; with BatchNorm pass ``use_buffers=True`` to ``make_average``, which averages them.
         copy_at_end: leave the average in the module when training ends.
         recalibrate_bn: then run the training data through the module for its BatchNorm layers (``lsf.update_bn``); the
             module must accept the first item of a batch, or a batch that is a dict as keyword arguments.
