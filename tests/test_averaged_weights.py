@@ -77,6 +77,15 @@ def test_inside_inference_mode():
     model(x).sum().backward()
 
 
+@torch.inference_mode()
+def test_a_model_made_in_inference_mode():
+    model, average = averaged_pair()
+    before = bits(model)
+    with lsf.averaged_weights(model, average):
+        assert torch.equal(model.first.weight, average.module.first.weight)
+    assert_same_bits(model, before)
+
+
 def test_training_sees_the_swap():
     model, average = averaged_pair()
     loss = model(torch.randn(4, 5, requires_grad=True)).sum()

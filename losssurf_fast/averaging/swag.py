@@ -51,6 +51,7 @@ class SWAG(nn.Module):
         NotImplementedError: a placement whose noise is not written.
     """
 
+    @torch.inference_mode(False)  # or no update could follow outside it
     def __init__(
         self,
         model: nn.Module,
@@ -248,29 +249,21 @@ class SWAG(nn.Module):
             RuntimeError: nothing has been collected, or drawn where ``weights`` is None.
             TypeError, ValueError: an argument is not as above.
         """
-        if weights is None:
-            if not self._drawn:
-                raise RuntimeError("log_prob: nothing has been drawn into module; pass weights")
-            weights = self.module
-        if isinstance(weights, nn.Module):
-            weights = named_parameters(weights)
-        elif isinstance(weights, Mapping):
-            weights = {name: w for name, w in weights.items() if name not in self._collected_buffers}
-        else:
-            raise TypeError(f"log_prob: weights must be a module or tensors by name, got {type(weights).__name__}")
-        values = match("log_prob", self._mean, weights)
-        self._refuse_empty("log_prob")
-        return swag_density.density("log_prob", self, [local(w) for w in values], scale, cov, block, var_floor)
+        return swag_density.log_prob(self, weights, scale, cov, block, var_floor)
 
     def logdet(
         self, *, scale: float = 0.5, cov: bool = True, block: bool = False, var_floor: float = 1e-30
     ) -> torch.Tensor:
         """Log-determinant of the covariance of :meth:`log_prob`, with its arguments, as a 0-d float64 tensor."""
-        self._refuse_empty("logdet")
         return swag_density.density("logdet", self, None, scale, cov, block, var_floor)
 
     def averages(self) -> dict[str, torch.Tensor]:
-        """The means by parameter name: SWA's weights. They are the state itself, not copies."""
+        """The means by parameter name: SWA's weights. They are the state itself, not copies.
+
+        Raises:
+            RuntimeError: nothing has been collected.
+        """
+        self._refuse_empty("averages")
         return dict(self._mean)
 
     def forward(self, *args, **kwargs):

@@ -78,4 +78,4 @@ def _write(model: nn.Module, values: dict[str, torch.Tensor]) -> None:
     if pairs:
         live, new = zip(*pairs.values(), strict=True)
         torch._foreach_copy_([tensors.local(t) for t in live], list(new))
-        torch.autograd.graph.increment_version(live)
+        torch.autograd.graph.increment_version([t for t in live if not t.is_inference()])  # which have none
