@@ -14,7 +14,8 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import losssurf_fast as lsf
-from losssurf_fast.averaging.tensors import local
+from losssurf_fast.averaging.mesh import zeros_beside
+from losssurf_fast.averaging.tensors import local, part_of
 
 
 class Net(nn.Module):
@@ -82,6 +83,10 @@ def swag_ranks(rank, folder):
     model = shard(copy.deepcopy(whole))
     sharded = lsf.SWAG(model, max_num_models=3, deviations_dtype=torch.bfloat16)
     history(whole, swag, model, sharded)
+    for p in model.parameters():  # as if offloaded: the parts stay where they are
+        here = torch.empty(2, *p.to_local().shape, device="meta")
+        assert local(part_of(p, here, (2,))) is here
+        assert local(zeros_beside(p, (2,), torch.float64, "meta")).is_meta
     assert_same(sharded.state_dict(), swag.state_dict())
     assert_same(sharded.averages(), swag.averages())
     assert_same(sharded.to_swa_gaussian(), swag.to_swa_gaussian())

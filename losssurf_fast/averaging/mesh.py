@@ -5,9 +5,9 @@ from collections.abc import Iterable, Mapping
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 
-from losssurf_fast.averaging.tensors import local, real, some
+from losssurf_fast.averaging.tensors import local, part_of, real, some
 
 
 def mesh_of(caller: str, tensors: Iterable[torch.Tensor]) -> DeviceMesh | None:
@@ -23,14 +23,23 @@ def mesh_of(caller: str, tensors: Iterable[torch.Tensor]) -> DeviceMesh | None:
 
 
 def all_reduce_(tensor: torch.Tensor, mesh: DeviceMesh) -> None:
+    here = _on_mesh(tensor, mesh)
     for dim in range(mesh.ndim):
-        dist.all_reduce(tensor, group=mesh.get_group(dim))
+        dist.all_reduce(here, group=mesh.get_group(dim))
+    tensor.copy_(here)
 
 
 def broadcast_(tensor: torch.Tensor, mesh: DeviceMesh) -> None:
     """Give every rank the tensor of the mesh's first."""
+    here = _on_mesh(tensor, mesh)
     for dim in range(mesh.ndim):
-        dist.broadcast(tensor, group=mesh.get_group(dim), group_src=0)
+        dist.broadcast(here, group=mesh.get_group(dim), group_src=0)
+    tensor.copy_(here)
+
+
+def _on_mesh(tensor: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
+    """Where the mesh's backend takes it: parameters may be offloaded (``CPUOffloadPolicy``)."""
+    return tensor if tensor.device.type == mesh.device_type else tensor.to(mesh.device_type)
 
 
 def require_finite(caller: str, named: Mapping[str, torch.Tensor]) -> None:
@@ -43,7 +52,6 @@ def require_finite(caller: str, named: Mapping[str, torch.Tensor]) -> None:
     broken = _nonfinite([*values.values()])
     meshes = {t.device_mesh for t in named.values() if isinstance(t, DTensor)}
     for mesh in sorted(meshes, key=lambda m: (m.size(), m.mesh.flatten().tolist())):  # in one order on every rank
-        broken = broken.to(mesh.device_type)
         all_reduce_(broken, mesh)
     if broken.item():
         where = some([name for name, v in values.items() if not v.isfinite().all()]) or "other ranks' shards"
@@ -75,13 +83,3 @@ def zeros_beside(p: torch.Tensor, leading: tuple[int, ...], dtype: torch.dtype, 
     """Zeros [*leading, *shape] placed as ``p`` is, contiguous on every rank; by default on its device."""
     here = local(p)
     return part_of(p, torch.zeros((*leading, *here.shape), dtype=dtype, device=device or here.device), leading)
-
-
-def part_of(p: torch.Tensor, here: torch.Tensor, leading: tuple[int, ...]) -> torch.Tensor:
-    """``here`` as this rank's part of a tensor [*leading, *shape] that is cut where ``p`` is."""
-    if not isinstance(p, DTensor):
-        return here
-    shape = torch.Size((*leading, *p.shape))
-    placements = [Shard(q.dim + len(leading)) if q.is_shard() else q for q in p.placements]
-    stride = torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(here, p.device_mesh, placements, run_check=False, shape=shape, stride=stride)

@@ -13,8 +13,16 @@ from torch.distributed.tensor import DTensor
 from losssurf_fast import ops
 from losssurf_fast.averaging import swag_convert, swag_density, swag_predict, swag_state
 from losssurf_fast.averaging.holder import require_weights
-from losssurf_fast.averaging.mesh import broadcast_, mesh_of, part_of, require_finite, zeros_beside
-from losssurf_fast.averaging.tensors import local, match, named_parameters, persistent_buffers, place_of, unwrap
+from losssurf_fast.averaging.mesh import broadcast_, mesh_of, require_finite, zeros_beside
+from losssurf_fast.averaging.tensors import (
+    local,
+    match,
+    named_parameters,
+    part_of,
+    persistent_buffers,
+    place_of,
+    unwrap,
+)  # fmt: skip
 from losssurf_fast.ops.averaging import AVERAGING_DTYPES
 from losssurf_fast.ops.noise import as_seed
 

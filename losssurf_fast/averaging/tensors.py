@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, Shard
-from torch.distributed.tensor._dtensor_spec import TensorMeta
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
@@ -114,6 +114,16 @@ def like(tensor: torch.Tensor, here: torch.Tensor) -> torch.Tensor:
     # from_local would move an offloaded part to the mesh's device
     meta = TensorMeta(tensor.shape, tensor.stride(), here.dtype)
     return DTensor(here, replace(tensor._spec, tensor_meta=meta), requires_grad=False)
+
+
+def part_of(tensor: torch.Tensor, here: torch.Tensor, leading: tuple[int, ...]) -> torch.Tensor:
+    """``here`` as this rank's part of a contiguous tensor [*leading, *shape] that is cut where ``tensor`` is."""
+    if not isinstance(tensor, DTensor):
+        return here
+    shape = torch.Size((*leading, *tensor.shape))
+    placements = tuple(Shard(p.dim + len(leading)) if p.is_shard() else p for p in tensor.placements)
+    meta = TensorMeta(shape, torch.empty(shape, device="meta").stride(), here.dtype)
+    return DTensor(here, DTensorSpec(tensor.device_mesh, placements, meta), requires_grad=False)
 
 
 def place_of(caller: str, tensor: torch.Tensor, row: int) -> Place:
