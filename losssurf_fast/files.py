@@ -1,7 +1,7 @@
 """Files of tensors that are whole or not there, and are read without running code from them."""
 
 import os
-import tempfile
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,10 @@ import torch
 def write_atomically(path: str | os.PathLike, write: Callable[[str], None]) -> None:
     """Let ``write`` fill a temporary file beside ``path``, then rename it; a failure leaves an older file as it was."""
     path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=path.suffix)
-    os.close(handle)
+    temporary = str(path.with_name(f"{secrets.token_hex(8)}{path.suffix}"))
+    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))  # less the umask, as open() does
     try:
         write(temporary)
-        os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)

@@ -1,4 +1,6 @@
 import copy
+import os
+import stat
 
 import pytest
 import torch
@@ -125,6 +127,17 @@ def test_resume_gives_the_same_members(tmp_path):
     predictions = lsf.FGE(network())  # without an optimizer: only the members
     predictions.load(tmp_path / "fge.pt")
     assert_same(predictions.members[0], again.members[0])
+
+
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o077, 0o600)])
+def test_files_have_the_rights_of_other_new_files(umask, mode, tmp_path):
+    before = os.umask(umask)
+    try:
+        trained(batches=4)[2].save(tmp_path / "fge.pt")
+    finally:
+        os.umask(before)
+    assert [path.name for path in tmp_path.iterdir()] == ["fge.pt"]
+    assert stat.S_IMODE((tmp_path / "fge.pt").stat().st_mode) == mode
 
 
 def test_tied_weights_other_model_and_half_precision():
