@@ -1,6 +1,9 @@
+from typing import NamedTuple
+
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 import losssurf_fast as lsf
 
@@ -281,3 +284,40 @@ def test_update_bn_reads_nothing_on_the_host():
         float(torch.ones(()))
         lsf.update_bn(batches_of(torch.randn(40, 3)), layer)
     assert len(reads) == 1  # the test's own
+
+
+class Point(NamedTuple):
+    x: torch.Tensor
+    label: int
+
+
+class Attributes(dict):
+    __getattr__ = dict.__getitem__
+
+
+class Nested(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bn = nn.BatchNorm1d(3)
+
+    def forward(self, inputs):
+        packed, point, named = inputs
+        assert isinstance(packed, PackedSequence) and packed.data.device.type == "cpu"
+        return self.bn(packed.data + point.x + named.shift[0])
+
+
+def test_update_bn_moves_containers_without_changing_them():
+    packed = pack_sequence([torch.randn(4, 3), torch.randn(2, 3)])
+    inputs = (packed, Point(torch.ones(3), 1), Attributes(shift=[torch.ones(3)]))
+    plain, moved = Nested(), Nested()
+    lsf.update_bn([(inputs, 0)], plain)
+    lsf.update_bn([(inputs, 0)], moved, "cpu")
+    assert_statistics(moved.bn, packed.data + 2, 1)
+    assert torch.equal(moved.bn.running_mean, plain.bn.running_mean)
+    assert type(inputs[2]) is Attributes and inputs[2].shift[0] is not None
+
+
+def test_update_bn_asks_no_private_names_of_models():
+    model = nn.Linear(2, 2)
+    model._sharded = True
+    lsf.update_bn([torch.randn(2, 2)], model)

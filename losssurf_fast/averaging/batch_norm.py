@@ -8,6 +8,7 @@ computing sample variances", 1979), in fp64::
 """
 
 import contextlib
+import copy
 import itertools
 import math
 from collections.abc import Iterable, Mapping
@@ -70,10 +71,7 @@ def update_bn(
     limit = _num_batches(loader, subset)
     layers = tracking_layers(model)
     if not layers:
-        if getattr(model, "_sharded", False):
-            raise RuntimeError(
-                f"update_bn: a sharded {type(model).__name__} holds no model; put its weights into the live one"
-            )
+        _refuse_sharded_average(unwrap(model))
         return
     statistics = {layer: _Statistics() for layer in layers.values()}
     batches, error = 0, None
@@ -98,6 +96,15 @@ def update_bn(
             layer.running_var.copy_(found.m2 / max(found.count - 1, 1))
             if layer.num_batches_tracked is not None:
                 layer.num_batches_tracked.fill_(batches)
+
+
+def _refuse_sharded_average(model: nn.Module) -> None:
+    from losssurf_fast.averaging import SWAG, AveragedModel  # of which SWAG imports this file
+
+    if isinstance(model, SWAG | AveragedModel) and model._sharded:
+        raise RuntimeError(
+            f"update_bn: a sharded {type(model).__name__} holds no model; put its weights into the live one"
+        )
 
 
 def tracking_layers(model: nn.Module) -> dict[str, _BatchNorm]:
@@ -219,16 +226,24 @@ def call_on_batch(caller: str, model: nn.Module, batch, device, forward_kwargs: 
 
 
 def _to(value, device):
-    """``value`` with its tensors, also those inside it, on ``device``."""
+    """``value`` with its tensors, also those inside it, on ``device``; containers keep their types."""
     if device is None:
         return value
     if isinstance(value, torch.Tensor):
         return value.to(device, non_blocking=True)
+    if hasattr(type(value), "to"):  # a PackedSequence, a tokenizer's batch
+        return value.to(device)
+    if isinstance(value, dict):
+        moved = copy.copy(value)
+        for key, v in value.items():
+            moved[key] = _to(v, device)
+        return moved
     if isinstance(value, Mapping):
         return {key: _to(v, device) for key, v in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):  # a namedtuple
+        return type(value)(*(_to(v, device) for v in value))
     if isinstance(value, tuple | list):
-        moved = [_to(v, device) for v in value]
-        return tuple(moved) if isinstance(value, tuple) else moved
+        return type(value)([_to(v, device) for v in value])
     return value
 
 

@@ -103,7 +103,7 @@ class SWAG(nn.Module):
         self._collected_buffers = {n: b.detach().to(device or b.device, copy=True) for n, b in buffers.items()}
         if len(swag_state.entries(self)) != 1 + len(parameters) * (2 if no_cov_mat else 3) + len(buffers):
             raise ValueError("SWAG: a buffer has the name of a parameter's moment (X_mean, X_m2 or X_deviations)")
-        self._sharded = self._mesh is not None  # update_bn asks
+        self._sharded = self._mesh is not None
         self.module = None if self._sharded else copy.deepcopy(unwrap(model)).to(device)
         self._drawn = False
 
