@@ -93,9 +93,7 @@ def predict(
 def _log_probabilities(model: nn.Module, x, copies: int) -> torch.Tensor:
     """log of the sum of ``copies`` softmaxes."""
     logits = model(x if copies == 1 else x.repeat(copies, *[1] * (x.dim() - 1)))
-    if not isinstance(logits, torch.Tensor):
-        raise TypeError(f"predict: the model must return a tensor of logits, got {type(logits).__name__}")
-    log_probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+    log_probs = log_softmax(logits)
     if copies == 1:
         return log_probs
     if logits.dim() < 2 or logits.shape[0] != copies * x.shape[0]:
@@ -104,6 +102,13 @@ def _log_probabilities(model: nn.Module, x, copies: int) -> torch.Tensor:
             f"batch of {copies} * {x.shape[0]}; use draws_per_call=1"
         )
     return log_probs.unflatten(0, (copies, x.shape[0])).logsumexp(0)
+
+
+def log_softmax(logits) -> torch.Tensor:
+    """Of what a model returned, in float32 (float64 for float64 logits)."""
+    if not isinstance(logits, torch.Tensor):
+        raise TypeError(f"predict: the model must return a tensor of logits, got {type(logits).__name__}")
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
 
 @contextlib.contextmanager

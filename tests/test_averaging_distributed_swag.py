@@ -194,6 +194,10 @@ def update_bn_ranks(rank):
     both = [torch.zeros_like(probs) for _ in range(2)]
     dist.all_gather(both, probs)
     assert torch.equal(*both)
+    data = [torch.randn(2, 3), torch.randn(2, 3 + rank)]  # a forward that fails on one rank alone
+    wanted = (RuntimeError, "shapes cannot|must match") if rank else (RuntimeError, "predict: 1 other ranks failed")
+    with pytest.raises(wanted[0], match=wanted[1]):
+        swag.predict(data, 3, bn_loader=halves[rank].split(9))
 
 
 def ranks(rank, folder):

@@ -46,7 +46,8 @@ def update_bn(
 
     Where torch.distributed is initialised each rank reads its share of the data and all get the statistics of the
     whole. A rank may have fewer batches than the others, or none, unless the model itself communicates in its forward
-    (FSDP2, SyncBatchNorm): then all need as many.
+    (FSDP2, SyncBatchNorm): then all need as many. The ranks' models must have the same weights; draws by
+    :meth:`SWAG.sample` have those only by the same ``seed``.
 
     Args:
         loader: yields tensors, tuples or lists whose first item is the input, or dicts, called as keyword arguments
@@ -84,7 +85,7 @@ def update_bn(
                 batches += 1
     except Exception as e:  # raised below, once the other ranks know
         error = e
-    if process_group is not False and dist.is_available() and dist.is_initialized():
+    if spread_over_ranks(process_group):
         batches = _merge_ranks(statistics, batches, error, process_group)
     if error is not None:
         raise error
@@ -105,6 +106,10 @@ def _refuse_sharded_average(model: nn.Module) -> None:
         raise RuntimeError(
             f"update_bn: a sharded {type(model).__name__} holds no model; put its weights into the live one"
         )
+
+
+def spread_over_ranks(process_group) -> bool:
+    return process_group is not False and dist.is_available() and dist.is_initialized()
 
 
 def tracking_layers(model: nn.Module) -> dict[str, _BatchNorm]:
@@ -186,13 +191,7 @@ def _merge_ranks(statistics: dict, batches: int, error: Exception | None, group)
     device = next(iter(statistics)).running_mean.device
     if any(is_lazy(layer.running_mean) for layer in statistics):
         error = error or RuntimeError("update_bn: a lazy BatchNorm layer saw no batch on this rank, nor ever before")
-    progress = torch.tensor([error is not None, batches], dtype=torch.int64, device=device)
-    dist.all_reduce(progress, group=group)
-    failed, batches = progress.tolist()
-    if error is not None:
-        raise error
-    if failed:
-        raise RuntimeError(f"update_bn: {failed} other ranks failed; nothing was changed")
+    (batches,) = agree("update_bn", error, device, group, batches)
     if batches == 0:
         return 0
     sizes = [layer.running_mean.numel() for layer in statistics]
@@ -213,6 +212,18 @@ def _merge_ranks(statistics: dict, batches: int, error: Exception | None, group)
     for s, n, c, q in zip(statistics.values(), totals, common, m2.split(sizes), strict=True):
         s.count, s.mean, s.m2 = n, c, q
     return batches
+
+
+def agree(caller: str, error: Exception | None, device: torch.device, group, *counts: int) -> list[int]:
+    """Sums of counts over the ranks; where one of them failed all raise, so that none waits for it."""
+    progress = torch.tensor([error is not None, *counts], dtype=torch.int64, device=device)
+    dist.all_reduce(progress, group=group)
+    failed, *sums = progress.tolist()
+    if error is not None:
+        raise error
+    if failed:
+        raise RuntimeError(f"{caller}: {failed} other ranks failed")
+    return sums
 
 
 def call_on_batch(caller: str, model: nn.Module, batch, device, forward_kwargs: Mapping | None):

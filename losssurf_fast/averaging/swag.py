@@ -149,7 +149,8 @@ class SWAG(nn.Module):
             scale: of the covariance, not negative; it enters as its root with ``block``, too.
             cov: whether the low-rank part is added.
             seed: an int or a 0-d int64 tensor fixes the draw. None draws it from the default generator, on a mesh from
-                its first rank's for all.
+                its first rank's for all. Ranks that hold whole models (DDP) do not ask each other, as one of them may
+                sample alone: give them one seed.
             block: draw the low-rank part for each parameter alone, instead of once for the model.
             sample: which draw of this seed.
             into: a model whose names, shapes and placements are those of the state.
@@ -219,11 +220,12 @@ class SWAG(nn.Module):
             bn_loader: where the model has BatchNorm layers, the data by which :func:`update_bn` sets their statistics
                 anew for every draw.
             recalibrate: False keeps the statistics that ``module`` has.
-            subset, process_group: for :func:`update_bn`; where it reduces over ranks, seed=None is the same on them.
+            subset, process_group: for :func:`update_bn`; where it reduces over ranks, seed=None is the same on them,
+                and the failure of one is raised on all.
             device, forward_kwargs: as in :func:`update_bn`, for both loaders.
 
         Raises:
-            RuntimeError: nothing has been collected, or the model is sharded.
+            RuntimeError: nothing has been collected, the model is sharded, or another rank failed.
             TypeError, ValueError: an argument is not as above, a model with BatchNorm layers got no ``bn_loader``,
                 ``data`` can be read only once or is shuffled, or the outputs are no logits.
         """

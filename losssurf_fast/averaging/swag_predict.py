@@ -7,9 +7,9 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader, RandomSampler
 
-from losssurf_fast.averaging.batch_norm import call_on_batch, tracking_layers, update_bn
+from losssurf_fast.averaging.batch_norm import agree, call_on_batch, spread_over_ranks, tracking_layers, update_bn
 from losssurf_fast.ops.noise import as_seed
-from losssurf_fast.prediction import evaluation_mode
+from losssurf_fast.prediction import evaluation_mode, log_softmax
 
 
 @torch.no_grad()
@@ -38,8 +38,9 @@ def predict(
     seed_here = as_seed("predict", seed, averages[0].device if averages else torch.device("cpu"))
     if recalibrated:
         _refuse_single_pass("bn_loader", bn_loader)
-        if seed is None and process_group is not False and dist.is_available() and dist.is_initialized():
-            dist.broadcast(seed_here, group=process_group, group_src=0)
+    reduced = recalibrated and spread_over_ranks(process_group)
+    if reduced and seed is None:
+        dist.broadcast(seed_here, group=process_group, group_src=0)
     total = None
     with evaluation_mode("predict", model):
         for s in range(num_samples):
@@ -47,18 +48,24 @@ def predict(
             if recalibrated:
                 options = {"subset": subset, "forward_kwargs": forward_kwargs, "process_group": process_group}
                 update_bn(bn_loader, model, device, **options)
-            outputs = [_log_softmax(call_on_batch("predict", model, b, device, forward_kwargs)) for b in batches]
-            if not outputs:
-                raise ValueError("predict: data must yield at least one batch, got none")
-            log_probs = outputs[0] if whole else torch.cat(outputs)
+            log_probs, error = None, None
+            try:
+                log_probs = _log_probabilities(model, batches, device, forward_kwargs)
+            except Exception as e:  # raised below, once the other ranks know
+                error = e
+            if reduced:
+                agree("predict", error, seed_here.device, process_group)
+            elif error is not None:
+                raise error
             total = log_probs if total is None else torch.logaddexp(total, log_probs)
     return (total - math.log(num_samples)).exp()
 
 
-def _log_softmax(logits) -> torch.Tensor:
-    if not isinstance(logits, torch.Tensor):
-        raise TypeError(f"predict: the model must return a tensor of logits, got {type(logits).__name__}")
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+def _log_probabilities(model, batches: Iterable, device, forward_kwargs) -> torch.Tensor:
+    outputs = [log_softmax(call_on_batch("predict", model, b, device, forward_kwargs)) for b in batches]
+    if not outputs:
+        raise ValueError("predict: data must yield at least one batch, got none")
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
 def _refuse_single_pass(argument: str, loader: Iterable) -> None:
