@@ -41,8 +41,6 @@ from losssurf_fast.ops.averaging import (
 )
 from losssurf_fast.ops.noise import MAX_COLUMNS, as_seed, check_stream, fma, philox_normal_reference
 
-DEVIATION_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
 
 class Place(NamedTuple):
     """Where a parameter's elements lie in the noise: element i has column offset + i // run * stride + i % run.
@@ -131,7 +129,7 @@ def _check_state(name: str, mean, m2, deviations, out=()) -> None:
         if not (a.is_contiguous() and b.is_contiguous()):
             raise ValueError(f"{name}: mean[{i}] and m2[{i}] must be contiguous")
     for i, slots in enumerate(deviations):
-        if slots.dtype not in DEVIATION_DTYPES or (slots.dtype == torch.float64) != (mean[i].dtype == torch.float64):
+        if slots.dtype not in AVERAGING_DTYPES or (slots.dtype == torch.float64) != (mean[i].dtype == torch.float64):
             wanted = "float64" if mean[i].dtype == torch.float64 else "float32, bfloat16 or float16"
             raise TypeError(
                 f"{name}: deviations[{i}] must be {wanted} beside a {mean[i].dtype} mean, got {slots.dtype}"
