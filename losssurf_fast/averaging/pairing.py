@@ -44,6 +44,7 @@ class Pairing:
         self._members = [d for m in modules for d in (m._parameters, m._buffers, m._modules)]
         self._filled = [d for d in self._members if d]
         self._seen = [*chain.from_iterable(map(dict.values, self._filled))]
+        self._sizes = self._numels()
         self._devices = self._first_devices()
         devices = lambda ts: [tensors.local(t).device for t in ts]
         self.moves = devices(self._averages) != devices(self._values)  # from the model's devices to the averages'
@@ -51,6 +52,9 @@ class Pairing:
     def _forget(self, _) -> None:
         self._members, self._filled, self._seen, self._fsdp = [], [], [], []
         self._values, self._sources = [], []
+
+    def _numels(self) -> list[int]:
+        return [*map(torch.Tensor.numel, self._sources)]  # copies broadcast; averaging refuses another shape itself
 
     def _first_devices(self) -> list[torch.device]:
         first = [*self._averages[:1], *self._values[:1], *self._copies[:1], *self._sources[:1]]
@@ -64,7 +68,7 @@ class Pairing:
             module.reshard()
         now = chain.from_iterable(map(dict.values, self._filled))
         same = sum(map(len, self._members)) == len(self._seen) and all(map(operator.is_, self._seen, now))
-        return same and self._devices == self._first_devices()
+        return same and self._sizes == self._numels() and self._devices == self._first_devices()
 
     def lists(self) -> tuple[list[torch.Tensor], ...]:
         """(averages, values, copies, sources): what is averaged and what is copied; of shards what lies here."""
