@@ -191,6 +191,33 @@ def test_the_model_is_not_kept_alive():
     assert averaged.n_averaged == 2
 
 
+def test_one_layer_is_moved_or_replaced_between_updates():
+    def move(layer):  # what moving to another device does to parameters and to buffers
+        for p in layer.parameters():
+            p.data = p.data.clone()
+        layer.running_mean = layer.running_mean.clone()
+
+    changes = [
+        lambda m: move(m.norm),
+        lambda m: m.first.to(BF16),
+        lambda m: setattr(m, "norm", nn.BatchNorm1d(7)),
+        lambda m: setattr(m.norm, "bias", nn.Parameter(torch.randn(7))),
+        lambda m: m.norm.register_buffer("running_var", torch.rand(7)),
+    ]
+    model = Net()
+    averaged = lsf.AveragedModel(model, average="ema", decay=0.0)  # takes each model whole
+    averaged.update_parameters(model)
+    for change in changes:
+        step(model)
+        change(model)
+        averaged.update_parameters(model)
+        held, taken = averaged.averages(), {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        assert_states(held, {name: t.to(held[name].dtype) for name, t in taken.items()}, exact=True)
+    model.norm.extra = nn.Linear(2, 2)  # under a layer that had no children
+    with pytest.raises(ValueError, match="it has norm.extra.weight, norm.extra.bias besides"):
+        averaged.update_parameters(model)
+
+
 def test_a_count_that_someone_else_changed_is_read_again():
     model = nn.Linear(2, 2)
     averaged = lsf.AveragedModel(model)

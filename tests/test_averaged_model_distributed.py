@@ -1,7 +1,9 @@
 """AveragedModel and averaged_weights on two ranks, one spawn for all; what they saved is loaded here by one process."""
 
 import copy
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -109,6 +111,42 @@ def fsdp_updates(rank):
         assert_equal(whole(clone.state_dict()), whole(average.state_dict()))
 
 
+def fsdp_model_may_die(rank):
+    """An average that goes on living keeps neither the sharded model nor its shards."""
+    for forward in (False, True):
+        sharded = shard(network())
+        average = lsf.AveragedModel(sharded)
+        average.update_parameters(sharded)
+        if forward:
+            sharded(torch.ones(3, 4)).sum().backward()
+        gone = [weakref.ref(sharded), weakref.ref(named_parameters(sharded)["0.weight"])]
+        del sharded
+        gc.collect()
+        assert [g() for g in gone] == [None, None]
+
+
+def fsdp_shards_are_replaced(rank):
+    """Both give DTensors other local tensors, and loading with ``assign`` other DTensors as well."""
+    sharded, plain = (network()[:3] for _ in range(2))  # without tied weights, which loading with assign unties
+    fully_shard(sharded[0]), fully_shard(sharded)
+    average, expected = (lsf.AveragedModel(m, average="ema", decay=0.5) for m in (sharded, plain))
+    for seed in range(4):
+        if seed == 1:
+            sharded.to_empty(device="cpu")
+        if seed == 2:
+            sharded.load_state_dict({k: v.clone() for k, v in sharded.state_dict().items()}, assign=True)
+        if seed == 3:
+            average.load_state_dict({k: v.clone() for k, v in average.state_dict().items()}, assign=True)
+        for b in sharded.buffers():  # to_empty has taken their values
+            b.fill_(seed)
+        for b in plain.buffers():
+            b.fill_(seed)
+        for m, a in ((sharded, average), (plain, expected)):
+            train(m, seed)
+            a.update_parameters(m)
+        assert_equal(whole(average.state_dict()), expected.state_dict())
+
+
 def fsdp_half(rank):
     """bf16 shards, fp32 averages; fp32 shards that are gathered in bf16."""
     sharded, plain = shard(network().bfloat16()), network().bfloat16()
@@ -205,7 +243,16 @@ def checkpoints(rank, folder):
 
 
 def rank_main(rank, folder):
-    for check in (ddp, fsdp_updates, fsdp_half, fsdp_wrapped_layers, fsdp_int8, refusals):
+    for check in (
+        ddp,
+        fsdp_updates,
+        fsdp_model_may_die,
+        fsdp_shards_are_replaced,
+        fsdp_half,
+        fsdp_wrapped_layers,
+        fsdp_int8,
+        refusals,
+    ):
         check(rank)
     checkpoints(rank, folder)
 

@@ -15,7 +15,7 @@ from losssurf_fast.averaging import offload as offloading
 from losssurf_fast.averaging import tensors
 from losssurf_fast.averaging.compressed import Compressed
 from losssurf_fast.averaging.holder import averaged_dtype, holder_of, require_weights
-from losssurf_fast.averaging.pairing import Pairing
+from losssurf_fast.averaging.pairing import Pairing, by_device
 from losssurf_fast.ops.averaging import AVERAGING_DTYPES
 
 _NAME = "AveragedModel"
@@ -229,20 +229,17 @@ class AveragedModel(nn.Module):
 
     def _take(self, pairing: Pairing, values, sources, n: int, count: torch.Tensor) -> None:
         averages, _, copies, _ = pairing.lists()
-        if pairing.moves:
-            values = [v.to(a.device) for a, v in zip(averages, values, strict=True)]
         if self._compressed is None:
-            self._average(averages, values, n, count)
+            for ours, theirs in by_device(averages, values):
+                self._average(ours, theirs, n, count)
         else:  # one after the other, so that one alone is fp32
             for name, a, v in zip(pairing.names, averages, values, strict=True):
                 with self._compressed.open(name, a, n):
-                    self._average([a], [v], n, count)
+                    self._average([a], [v.to(a.device)], n, count)
         if copies:
             torch._foreach_copy_(copies, sources)
 
     def _average(self, averages, values, n: int, count: torch.Tensor) -> None:
-        if not averages:
-            return
         if n == 0:
             torch._foreach_copy_(averages, values)
         elif self.avg_fn is not None or self.multi_avg_fn is not None:

@@ -1,11 +1,12 @@
 """A model's tensors as averages see them: by name, without wrappers, and on a shard only what lies there."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._dtensor_spec import TensorMeta
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -13,7 +14,8 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from losssurf_fast.ops.swag import Place
 
-_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")  # of torch.compile and of activation checkpointing
+_CHECKPOINTED = "_checkpoint_wrapped_module"  # the child in activation checkpointing's wrapper
+_WRAPPERS = ("_orig_mod.", f"{_CHECKPOINTED}.")  # _orig_mod is torch.compile's
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -27,6 +29,13 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
+def unwrap_layer(layer: nn.Module) -> nn.Module:
+    """The layer inside these wrappers and that of activation checkpointing, in which a model may be sharded."""
+    while (inner := unwrap(layer)._modules.get(_CHECKPOINTED)) is not None:
+        layer = inner
+    return unwrap(layer)
+
+
 def plain_name(name: str) -> str:
     """A parameter's name without what wrappers inside the model put into it."""
     for wrapper in _WRAPPERS:
@@ -37,10 +46,18 @@ def plain_name(name: str) -> str:
 def named_parameters(model: nn.Module) -> dict[str, torch.Tensor]:
     """Parameters by plain name, tied ones once; under FSDP2 the sharded ones, also after an evaluation's forward."""
     model = unwrap(model)
-    for module in model.modules():
-        if hasattr(module, "unshard") and hasattr(module, "reshard"):  # fully_shard's
-            module.reshard()
+    reshard(fsdp_modules(model))
     return {plain_name(name): p for name, p in model.named_parameters()}
+
+
+def fsdp_modules(model: nn.Module) -> list[FSDPModule]:
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def reshard(modules: Iterable[FSDPModule]) -> None:
+    """Put the shards, which a forward may have left gathered, back in their place as parameters."""
+    for module in modules:
+        module.reshard()
 
 
 def named_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
