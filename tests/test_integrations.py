@@ -172,9 +172,6 @@ class ShardedModule(Module):
     def configure_model(self):
         fully_shard(self.net)
 
-    def validation_step(self, batch, index):
-        self(batch[0])  # leaves the parameters gathered
-
 
 SHARDED = "AveragingCallback: a sharded average is not written to checkpoints yet; use "
 

@@ -168,8 +168,7 @@ class AveragedModel(nn.Module):
         else:
             self._take(pairing, values, sources, n, self.n_averaged)
         self._calls += 1
-        self.n_averaged.add_(1)
-        self._count, self._counted = n + 1, (self.n_averaged, self.n_averaged._version)
+        self._add(1, n)
 
     @torch.no_grad()
     def synchronize(self) -> None:
@@ -215,10 +214,19 @@ class AveragedModel(nn.Module):
 
     def _finish(self) -> None:
         if self._pending is not None:
-            (pairing, n), self._pending = self._pending, None
             self._staging.wait()
+            (pairing, n), self._pending = self._pending, None
             host, averaged = self._staging.host, len(pairing.names)
-            self._take(pairing, host[:averaged], host[averaged:], n, torch.tensor(n))
+            try:
+                self._take(pairing, host[:averaged], host[averaged:], n, torch.tensor(n))
+            except BaseException:  # most likely avg_fn's; the update is lost, as without offload
+                self._add(-1, n + 1)
+                raise
+
+    def _add(self, change: int, n: int) -> None:
+        """Make the count n + change."""
+        self.n_averaged.add_(change)
+        self._count, self._counted = n + change, (self.n_averaged, self.n_averaged._version)
 
     def _number(self) -> int:
         """n_averaged, without reading it from the device unless someone else has changed it."""
@@ -311,6 +319,10 @@ class AveragedModel(nn.Module):
     def state_dict(self, *args, **kwargs):
         self.synchronize()
         return super().state_dict(*args, **kwargs)
+
+    def named_children(self):
+        self.synchronize()
+        return super().named_children()
 
     def named_modules(self, *args, **kwargs):
         self.synchronize()
