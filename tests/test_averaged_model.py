@@ -305,6 +305,29 @@ def test_inference_mode_and_compile():
     assert torch.equal(torch.compile(averaged, backend="aot_eager", fullgraph=True)(x), averaged(x))
 
 
+@pytest.mark.parametrize("make", [lsf.AveragedModel, lsf.SWAG])
+def test_made_in_inference_mode(make):
+    model = nn.Linear(3, 2)
+    with torch.inference_mode():
+        average = make(model)
+        update = average.collect_model if make is lsf.SWAG else average.update_parameters
+        update(model)
+    first = model.weight.detach().clone()
+    step(model)
+    update(model)
+    torch.testing.assert_close(average.averages()["weight"], (first + model.weight.detach()) / 2)
+
+
+@pytest.mark.parametrize("result", [torch.zeros(1), None, torch.zeros(2, 3, 1)])
+def test_avg_fn_returns_a_tensor_of_the_shape(result):
+    model = nn.Linear(3, 2)
+    averaged = lsf.AveragedModel(model, avg_fn=lambda average, weight, n: result)
+    averaged.update_parameters(model)
+    with pytest.raises(ValueError, match=r"AveragedModel: avg_fn must return a tensor of shape \(2, 3\), got"):
+        averaged.update_parameters(model)
+    assert averaged.n_averaged == 1 and torch.equal(averaged.module.weight, model.weight)
+
+
 def test_moving_the_model_or_the_average():
     model = nn.Linear(3, 2)
     averaged = lsf.AveragedModel(model, device="cpu")
@@ -338,6 +361,7 @@ BAD_ARGUMENTS = [
     ({"offload": "cpu", "device": "cuda"}, ValueError, "offload='cpu' holds the averages on the CPU, got device=cuda"),
     ({"model": nn.Linear(2, 2, device="meta")}, ValueError, "weight must hold values, got a tensor on the meta device"),
     ({"model": nn.LazyLinear(2)}, ValueError, "weight is lazy"),
+    ({"model": torch.jit.trace(nn.Linear(2, 2), torch.ones(2))}, TypeError, "model must not be scripted or traced"),
     (
         {"model": nn.ParameterList([nn.Parameter(torch.ones(2).to(torch.float8_e5m2), requires_grad=False)])},
         TypeError,

@@ -84,6 +84,9 @@ BAD_STATES = {
     "unexpected": (lambda s: s.update({"module.other": torch.ones(1)}), "module.other is not of this model"),
     "shape": (lambda s: s.update({"module.scale": torch.ones(2)}), r"module.scale must have shape \(\), got \(2,\)"),
     "type": (lambda s: s.update({"module.scale": 1.0}), "module.scale must be a tensor, got float"),
+    "meta": (lambda s: s.update({"module.scale": torch.ones((), device="meta")}), "module.scale must hold values"),
+    "complex": (lambda s: s.update({"module.scale": torch.tensor(1j)}), "module.scale must be real, got torch.complex"),
+    "negative": (lambda s: s.update(n_averaged=torch.tensor(-1)), "n_averaged must not be negative, got -1"),
 }
 
 

@@ -77,6 +77,15 @@ def test_inside_inference_mode():
     model(x).sum().backward()
 
 
+@torch.inference_mode()
+def test_a_model_made_in_inference_mode():
+    model, average = averaged_pair()
+    before = bits(model)
+    with lsf.averaged_weights(model, average):
+        assert torch.equal(model.first.weight, average.module.first.weight)
+    assert_same_bits(model, before)
+
+
 def test_training_sees_the_swap():
     model, average = averaged_pair()
     loss = model(torch.randn(4, 5, requires_grad=True)).sum()
@@ -129,6 +138,17 @@ def test_an_offloaded_update_is_finished_first(monkeypatch):
     step(model)
     with lsf.averaged_weights(model, average):
         assert_same_bits(model, expected)
+
+
+def test_buffers_that_the_average_lacks_are_restored_too():
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    swag = lsf.SWAG(model)
+    swag.collect_model(model)
+    before = bits(model)
+    with lsf.averaged_weights(model, swag):
+        lsf.update_bn([torch.randn(6, 3)], model)
+        assert model[1].num_batches_tracked == 1
+    assert_same_bits(model, before)
 
 
 def test_bad_arguments():

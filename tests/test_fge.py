@@ -163,6 +163,8 @@ def test_bad_input(tmp_path):
         lsf.FGE(model, sgd)
     with pytest.raises(ValueError, match="FGE.collect_model: the model must have the tensors of the average"):
         fge.collect_model(nn.Linear(5, 3))
+    with pytest.raises(TypeError, match="FGE.collect_model: model must be a torch.nn.Module, got int"):
+        fge.collect_model(3)
     with pytest.raises(ValueError, match="FGE.load_state_dict: state must have the keys"):
         fge.load_state_dict({"members": []})
     with pytest.raises(ValueError, match="FGE.load_state_dict: state was saved without a schedule"):

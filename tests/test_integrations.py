@@ -73,6 +73,8 @@ class Module(pl.LightningModule):
     def test_step(self, batch, index):
         self.in_test.append(weights(self))
 
+    predict_step = test_step
+
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.3, momentum=0.9)
 
@@ -106,8 +108,17 @@ def test_lightning_averages_optimizer_steps_and_validates_the_average(tmp_path):
     assert_close(second, mean_of(steps[1:]))
     assert_close(weights(module), steps[-1])
     run.test(module, loader(4), verbose=False)
-    assert_close(module.in_test[0], mean_of(steps[1:]))
+    run.predict(module, loader(4))
+    for seen in module.in_test:
+        assert_close(seen, mean_of(steps[1:]))
+    assert len(module.in_test) == 2
     assert_close(weights(module), steps[-1])
+
+
+def test_lightning_recalibrates_in_the_trainers_precision(tmp_path):
+    module = Module()
+    trainer(tmp_path, for_lightning.AveragingCallback(), precision="bf16-true").fit(module, loader())
+    assert module.net[1].running_mean.dtype == torch.bfloat16 and module.net[1].num_batches_tracked == 4
 
 
 def test_lightning_epochs_and_what_is_left_in_the_module(tmp_path):
@@ -313,6 +324,13 @@ def test_bad_arguments(module):
     for start in (-1, 0.5, True):
         with pytest.raises(ValueError, match=f"AveragingCallback: start must be an int of at least 0, got {start}"):
             module.AveragingCallback(start=start)
+    with pytest.raises(TypeError, match="AveragingCallback: make_average must be a function .* got AveragedModel"):
+        module.AveragingCallback(lsf.AveragedModel(nn.Linear(2, 2)))
+
+
+def test_make_average_makes_an_averaged_model(tmp_path):
+    with pytest.raises(TypeError, match="AveragingCallback: make_average must return an AveragedModel, got SWAG"):
+        hf_trainer(tmp_path, for_transformers.AveragingCallback(lsf.SWAG)).train()
 
 
 @pytest.mark.parametrize(("library", "extra"), [("lightning.pytorch", "lightning"), ("transformers", "transformers")])

@@ -122,7 +122,7 @@ def test_swag_memory_formats_and_compiled_models():
         assert t.is_contiguous() and "_orig_mod" not in name
     swag.sample(seed=0)
     assert torch.equal(swag.module[0].weight, swag.samples(1, seed=0)["0.weight"][0])
-    assert reference.averages().keys() == swag.averages().keys()
+    assert reference.state_dict().keys() == swag.state_dict().keys()
 
 
 def test_swag_copies_buffers():
@@ -186,7 +186,8 @@ def test_swag_check_finite():
 
 def test_swag_refuses_before_collecting():
     swag = lsf.SWAG(Net())
-    for call in (swag.sample, lambda: swag.samples(3), swag.logdet, lambda: swag.log_prob(Net()), swag.log_prob):
+    calls = [swag.sample, lambda: swag.samples(3), swag.logdet, lambda: swag.log_prob(Net()), swag.log_prob]
+    for call in (*calls, swag.averages):
         with pytest.raises(RuntimeError, match="nothing has been"):
             call()
     with pytest.raises(RuntimeError, match="predict: nothing has been collected"):
@@ -200,6 +201,21 @@ class Clash(nn.Module):
         super().__init__()
         self.w = nn.Parameter(torch.zeros(2))
         self.register_buffer("w_mean", torch.zeros(2))
+
+
+@pytest.mark.parametrize("empty", [nn.LazyLinear(2), nn.Linear(3, 2, device="meta")])
+def test_swag_and_swaps_refuse_models_without_values(empty):
+    model = nn.Linear(3, 2)
+    swag = lsf.SWAG(model)
+    swag.collect_model(model)
+    for call in (
+        swag.collect_model,
+        lambda m: swag.sample(into=m),
+        lambda m: lsf.averaged_weights(m, swag).__enter__(),
+    ):
+        with pytest.raises(ValueError, match="^(collect_model|sample|averaged_weights): weight must hold values, got"):
+            call(empty)
+    assert swag.n_models == 1
 
 
 @pytest.mark.parametrize(

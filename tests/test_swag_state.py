@@ -24,6 +24,23 @@ def test_swag_state_dict_round_trip(no_cov_mat, tmp_path):
     assert all(torch.equal(a, other.samples(2, seed=1)[n]) for n, a in swag.samples(2, seed=1).items())
 
 
+def test_swag_as_a_part_of_another_module():
+    model = Net()
+    held, other = (nn.ModuleDict({"net": Net(), "swag": lsf.SWAG(model, max_num_models=3)}) for _ in range(2))
+    walk(model, 4, held["swag"])
+    state = held.state_dict()
+    assert {k for k in state if k.startswith("swag.")} == {f"swag.{k}" for k in held["swag"].state_dict()}
+    other.load_state_dict(state)
+    assert_same_state(other["swag"], state_of(held["swag"]))
+    assert other["swag"].n_models == 4
+    walk(model, 1, other["swag"])
+    before = state_of(other["swag"])
+    del state["swag.base.scale_m2"]
+    with pytest.raises(RuntimeError, match="missing keys .'base.scale_m2'. of 1"):
+        other.load_state_dict(state)
+    assert_same_state(other["swag"], before)
+
+
 @pytest.mark.parametrize(
     "spoil, error, match",
     [

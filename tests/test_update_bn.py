@@ -204,9 +204,13 @@ def test_update_bn_refuses_subsets(subset, error, match):
         lsf.update_bn((torch.randn(4, 3) for _ in range(3)), nn.BatchNorm1d(3), subset=subset)
 
 
-def test_update_bn_refuses_what_is_no_module():
+def test_update_bn_refuses_arguments_of_other_types():
     with pytest.raises(TypeError, match="model must be a torch.nn.Module, got int"):
         lsf.update_bn([], 3)
+    with pytest.raises(TypeError, match="update_bn: loader must be an iterable of batches, got int"):
+        lsf.update_bn(3, nn.BatchNorm1d(3))
+    with pytest.raises(TypeError, match="update_bn: forward_kwargs must be a mapping, got list"):
+        lsf.update_bn([], nn.BatchNorm1d(3), forward_kwargs=[1])
 
 
 def test_update_bn_does_not_read_for_models_without_batch_norm():

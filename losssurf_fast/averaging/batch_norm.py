@@ -65,6 +65,8 @@ def update_bn(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"update_bn: model must be a torch.nn.Module, got {type(model).__name__}")
+    if forward_kwargs is not None and not isinstance(forward_kwargs, Mapping):
+        raise TypeError(f"update_bn: forward_kwargs must be a mapping, got {type(forward_kwargs).__name__}")
     limit = _num_batches(loader, subset)
     layers = tracking_layers(model)
     if not layers:
@@ -76,6 +78,8 @@ def update_bn(
     statistics = {layer: _Statistics() for layer in layers.values()}
     batches, error = 0, None
     try:
+        if not isinstance(loader, Iterable):
+            raise TypeError(f"update_bn: loader must be an iterable of batches, got {type(loader).__name__}")
         with _batch_statistics(layers, statistics, model):
             for batch in itertools.islice(loader, limit):
                 call_on_batch("update_bn", unwrap(model), batch, device, forward_kwargs)

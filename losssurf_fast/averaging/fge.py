@@ -86,8 +86,11 @@ class FGE:
         """Make the weights of ``model`` (None: the ensemble's own) a member.
 
         Raises:
+            TypeError: it is no module.
             ValueError: its names or shapes are not those of the ensemble's model.
         """
+        if model is not None and not isinstance(model, nn.Module):
+            raise TypeError(f"FGE.collect_model: model must be a torch.nn.Module, got {type(model).__name__}")
         tensors = _tensors(self.model)
         if model is not None:
             theirs = _tensors(model)

@@ -38,6 +38,8 @@ def holder_of(
     ``model`` is deep-copied around the copies, so that nothing exists twice on its device; a sharded one cannot be
     deep-copied, and a tree of bare modules with its names takes its place.
     """
+    if any(isinstance(m, torch.jit.ScriptModule) for m in model.modules()):
+        raise TypeError("AveragedModel: model must not be scripted or traced; average the module it was made from")
     named = {**tensors.named_parameters(model), **tensors.named_buffers(model)}
     copies = {id(t): _copy(t, dtype_of[name], device, pin) for name, t in named.items()}
     if any(tensors.is_sharded(t) for t in named.values()):

@@ -27,6 +27,15 @@ def all_reduce_(tensor: torch.Tensor, mesh: DeviceMesh) -> None:
         dist.all_reduce(tensor, group=mesh.get_group(dim))
 
 
+def nonfinite(values: list[torch.Tensor], mesh: DeviceMesh | None) -> list[int]:
+    """For each of ``values``, how many ranks hold NaN or infinity in their part of it."""
+    bad = [(~torch.isfinite(v)).any() for v in values]
+    found = torch.stack([b.to(bad[0].device) for b in bad]).long() if bad else torch.zeros(0).long()
+    if mesh is not None:
+        all_reduce_(found, mesh)
+    return found.tolist()
+
+
 def broadcast_(tensor: torch.Tensor, mesh: DeviceMesh) -> None:
     """Give every rank the tensor of the mesh's first."""
     for dim in range(mesh.ndim):

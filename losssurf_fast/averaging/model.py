@@ -67,6 +67,7 @@ class AveragedModel(nn.Module):
     _pending: tuple[Pairing, int] | None = None  # an offloaded update, and n
     _compressed: Compressed | None = None
 
+    @torch.inference_mode(False)  # or no update could follow outside it
     def __init__(
         self,
         model: nn.Module,
@@ -266,7 +267,11 @@ class AveragedModel(nn.Module):
         values = [v.detach().to(a.dtype) for a, v in zip(averages, values, strict=True)]
         if self.avg_fn is not None:
             for a, v in zip(averages, values, strict=True):
-                a.copy_(self.avg_fn(a, v, count.to(a.device)))
+                new = self.avg_fn(a, v, count.to(a.device))
+                if not isinstance(new, torch.Tensor) or new.shape != a.shape:
+                    got = tuple(new.shape) if isinstance(new, torch.Tensor) else type(new).__name__
+                    raise ValueError(f"{_NAME}: avg_fn must return a tensor of shape {tuple(a.shape)}, got {got}")
+                a.copy_(new)
             return
         groups: dict[tuple, tuple[list, list]] = {}
         for a, v in zip(averages, values, strict=True):
@@ -303,6 +308,12 @@ class AveragedModel(nn.Module):
                 problems.append(f"{k} must be a tensor, got {type(value).__name__}")
             elif value.shape != mine.shape:
                 problems.append(f"{k} must have shape {tuple(mine.shape)}, got {tuple(value.shape)}")
+            elif value.is_meta and not mine.is_meta:
+                problems.append(f"{k} must hold values, got a tensor on the meta device")
+            elif value.is_complex() and not mine.is_complex():
+                problems.append(f"{k} must be real, got {value.dtype}")
+            elif k == "n_averaged" and int(value) < 0:
+                problems.append(f"n_averaged must not be negative, got {int(value)}")
             elif tensors.is_sharded(mine) != tensors.is_sharded(value):
                 problems.append(f"{k} must {'' if tensors.is_sharded(mine) else 'not '}be a DTensor, got {type(value)}")
         if problems:

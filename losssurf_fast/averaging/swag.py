@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from losssurf_fast import ops
 from losssurf_fast.averaging import swag_convert, swag_density, swag_predict
-from losssurf_fast.averaging.mesh import all_reduce_, broadcast_, mesh_of, part_of, zeros_beside
+from losssurf_fast.averaging.mesh import broadcast_, mesh_of, nonfinite, part_of, zeros_beside
 from losssurf_fast.averaging.tensors import local, match, named_parameters, persistent_buffers, place_of, unwrap
 from losssurf_fast.ops.averaging import AVERAGING_DTYPES
 from losssurf_fast.ops.noise import as_seed
@@ -51,6 +51,7 @@ class SWAG(nn.Module):
         NotImplementedError: a placement whose noise is not written.
     """
 
+    @torch.inference_mode(False)  # or no update could follow outside it
     def __init__(
         self,
         model: nn.Module,
@@ -249,29 +250,21 @@ class SWAG(nn.Module):
             RuntimeError: nothing has been collected, or drawn where ``weights`` is None.
             TypeError, ValueError: an argument is not as above.
         """
-        if weights is None:
-            if not self._drawn:
-                raise RuntimeError("log_prob: nothing has been drawn into module; pass weights")
-            weights = self.module
-        if isinstance(weights, nn.Module):
-            weights = named_parameters(weights)
-        elif isinstance(weights, Mapping):
-            weights = {name: w for name, w in weights.items() if name not in self._collected_buffers}
-        else:
-            raise TypeError(f"log_prob: weights must be a module or tensors by name, got {type(weights).__name__}")
-        values = match("log_prob", self._mean, weights)
-        self._refuse_empty("log_prob")
-        return swag_density.density("log_prob", self, [local(w) for w in values], scale, cov, block, var_floor)
+        return swag_density.log_prob(self, weights, scale, cov, block, var_floor)
 
     def logdet(
         self, *, scale: float = 0.5, cov: bool = True, block: bool = False, var_floor: float = 1e-30
     ) -> torch.Tensor:
         """Log-determinant of the covariance of :meth:`log_prob`, with its arguments, as a 0-d float64 tensor."""
-        self._refuse_empty("logdet")
         return swag_density.density("logdet", self, None, scale, cov, block, var_floor)
 
     def averages(self) -> dict[str, torch.Tensor]:
-        """The means by parameter name: SWA's weights. They are the state itself, not copies."""
+        """The means by parameter name: SWA's weights. They are the state itself, not copies.
+
+        Raises:
+            RuntimeError: nothing has been collected.
+        """
+        self._refuse_empty("averages")
         return dict(self._mean)
 
     def forward(self, *args, **kwargs):
@@ -281,20 +274,34 @@ class SWAG(nn.Module):
             raise RuntimeError(f"SWAG: nothing has been drawn into module; call {how}")
         return self.module(*args, **kwargs)
 
-    def state_dict(self) -> dict[str, torch.Tensor]:
+    def state_dict(self, *, destination=None, prefix: str = "", keep_vars: bool = False) -> dict[str, torch.Tensor]:
         """The state by key, in memory that it shares, with shapes that do not change while models are collected.
 
         For every parameter X: ``base.X_mean`` and ``base.X_m2`` (sum of squared deviations), and ``base.X_deviations``
         [K, *shape], where the deviation of model i (from 0) is row i mod K; for every buffer ``base.<its name>``; and
         ``n_models``. Sharded tensors are DTensors, so torch.distributed.checkpoint saves on some ranks and loads on
-        others; a SWAG is one of its Stateful objects. :meth:`to_swa_gaussian` gives the published code's keys.
+        others; a SWAG is one of its Stateful objects. :meth:`to_swa_gaussian` gives the published code's keys. The
+        arguments are those by which a module that holds a SWAG asks for its part.
         """
         state = {"n_models": torch.tensor(self.n_models)}
         for name in self._mean:
             state |= {f"base.{name}_mean": self._mean[name], f"base.{name}_m2": self._m2[name]}
             if not self.no_cov_mat:
                 state[f"base.{name}_deviations"] = self._deviations[name]
-        return state | {f"base.{name}": b for name, b in self._collected_buffers.items()}
+        state |= {f"base.{name}": b for name, b in self._collected_buffers.items()}
+        if destination is None:
+            return state
+        destination.update({prefix + key: t for key, t in state.items()})
+        return destination
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
+        """As a part of another module; ``module``, whose draws are not saved, is told to load what it has."""
+        try:
+            self.load_state_dict({k.removeprefix(prefix): t for k, t in state_dict.items() if k.startswith(prefix)})
+        except (TypeError, ValueError) as error:
+            errors.append(str(error))
+        if self.module is not None:
+            state_dict.update(self.module.state_dict(prefix=f"{prefix}module."))
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, torch.Tensor]) -> None:
@@ -373,11 +380,7 @@ class SWAG(nn.Module):
             raise RuntimeError(f"{caller}: nothing has been collected; call collect_model first")
 
     def _refuse_infinite(self, values: list[torch.Tensor]) -> None:
-        bad = [(~torch.isfinite(v)).any() for v in values]
-        found = torch.stack([b.to(bad[0].device) for b in bad]).long() if bad else torch.zeros(0).long()
-        if self._mesh is not None:
-            all_reduce_(found, self._mesh)
-        names = [name for name, b in zip(self._mean, found.tolist(), strict=True) if b]
+        names = [name for name, b in zip(self._mean, nonfinite(values, self._mesh), strict=True) if b]
         if names:
             raise ValueError(f"collect_model: weights must be finite, got NaN or infinity in {', '.join(names[:3])}")
 

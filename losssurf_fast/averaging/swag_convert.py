@@ -14,7 +14,7 @@ def to_swa_gaussian(swag) -> dict[str, torch.Tensor]:
     held = min(n, swag.max_num_models)
     slots = [i % swag.max_num_models for i in range(n - held, n)]  # from the oldest
     result = {"n_models": torch.tensor([n])}
-    for name, average in swag.averages().items():
+    for name, average in swag._mean.items():
         mean, m2 = _whole(average), _whole(swag._m2[name])
         second = m2.double() / max(n, 1) + mean.double().square()
         result |= {f"base.{name}_mean": mean.clone(), f"base.{name}_sq_mean": second.to(mean.dtype)}
@@ -53,11 +53,11 @@ def from_swa_gaussian(cls, state_dict, model, max_num_models, deviations_dtype, 
             f"got {kept}"
         )
     suffixes = _SUFFIXES[: 2 if swag.no_cov_mat else 3]
-    keys = [f"base.{name}{suffix}" for name in swag.averages() for suffix in suffixes]
+    keys = [f"base.{name}{suffix}" for name in swag._mean for suffix in suffixes]
     keys += ["n_models", *(f"base.{name}" for name in swag._collected_buffers)]
     check_entries("from_swa_gaussian: state_dict", set(keys), state_dict)
     state = {"n_models": torch.tensor(n)}
-    for name, mean in swag.averages().items():
+    for name, mean in swag._mean.items():
         parts = [state_dict[f"base.{name}{suffix}"] for suffix in suffixes]
         sizes = [tuple(mean.shape), tuple(mean.shape), (found, mean.numel())]
         for part, size, suffix in zip(parts, sizes, suffixes, strict=False):

@@ -11,17 +11,36 @@ ranks add up; in float64, because the two terms of the quadratic form cancel alo
 """
 
 import math
+from collections.abc import Mapping
 
 import torch
+from torch import nn
 
 from losssurf_fast.averaging.mesh import all_reduce_, is_first_copy
+from losssurf_fast.averaging.tensors import local, match, named_parameters
 
 CHUNK = 2**16  # elements of a parameter that are widened at a time
+
+
+def log_prob(swag, weights, scale: float, cov: bool, block: bool, var_floor: float) -> torch.Tensor:
+    if weights is None:
+        if not swag._drawn:
+            raise RuntimeError("log_prob: nothing has been drawn into module; pass weights")
+        weights = swag.module
+    if isinstance(weights, nn.Module):
+        weights = named_parameters(weights)
+    elif isinstance(weights, Mapping):
+        weights = {name: w for name, w in weights.items() if name not in swag._collected_buffers}
+    else:
+        raise TypeError(f"log_prob: weights must be a module or tensors by name, got {type(weights).__name__}")
+    values = match("log_prob", swag._mean, weights)
+    return density("log_prob", swag, [local(w) for w in values], scale, cov, block, var_floor)
 
 
 @torch.no_grad()
 def density(caller: str, swag, values, scale: float, cov: bool, block: bool, var_floor: float) -> torch.Tensor:
     """``log_prob`` of ``values``, this rank's parts of the weights; ``logdet`` where they are None."""
+    swag._refuse_empty(caller)
     for argument, value in (("scale", scale), ("var_floor", var_floor)):
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise TypeError(f"{caller}: {argument} must be a number, got {type(value).__name__}")

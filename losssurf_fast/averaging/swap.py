@@ -1,7 +1,7 @@
 """A live model with the averages in its place, for as long as a ``with`` block."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import nn
@@ -18,7 +18,8 @@ def averaged_weights(model: nn.Module, average) -> Iterator[nn.Module]:
 
     The values are copied in place: Parameters, their addresses and their gradients stay, so that sharded
     (``fully_shard``), compiled and captured models go on working; version counters go up. A copy of the model's tensors
-    is kept meanwhile. Blocks can be nested.
+    is kept meanwhile, of buffers too where the average has none: what the block changes (:func:`update_bn`, an
+    optimizer's step) is undone. Blocks can be nested.
 
     Args:
         model: the live model, also in DistributedDataParallel or torch.compile.
@@ -36,27 +37,27 @@ def averaged_weights(model: nn.Module, average) -> Iterator[nn.Module]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"{_NAME}: model must be a torch.nn.Module, got {type(model).__name__}")
     averages = _averages_of(average)
-    live = tensors.named_parameters(model)
-    buffers = tensors.named_buffers(model)
-    if any(name in averages for name in buffers):
-        live |= buffers
-    live = tensors.match(_NAME, averages, live)
+    parameters, buffers = tensors.named_parameters(model), tensors.named_buffers(model)
+    averaged = parameters | buffers if any(name in averages for name in buffers) else parameters
+    live = tensors.match(_NAME, averages, averaged)
     new = [tensors.local(t) for t in averages.values()]
+    touched = live if averaged is not parameters else [*live, *buffers.values()]
     with torch.no_grad():
-        saved = [tensors.local(t).clone() for t in live]
+        saved = [tensors.local(t).clone() for t in touched]
     try:
         _write(model, live, new)
         yield model
     finally:
-        _write(model, live, saved)
+        _write(model, touched, saved)
 
 
 def _averages_of(average) -> dict[str, torch.Tensor]:
     if isinstance(average, TorchAveragedModel):
         return {**tensors.named_parameters(average.module), **tensors.named_buffers(average.module)}
-    if not hasattr(average, "averages"):
+    averages = average.averages() if hasattr(average, "averages") else None
+    if not isinstance(averages, Mapping):
         raise TypeError(f"{_NAME}: average must be an average of a model, got {type(average).__name__}")
-    return average.averages()
+    return dict(averages)
 
 
 @torch.no_grad()
@@ -65,4 +66,4 @@ def _write(model: nn.Module, live: list[torch.Tensor], values: list[torch.Tensor
     tensors.named_parameters(model)
     if live:
         torch._foreach_copy_([tensors.local(t) for t in live], values)
-        torch.autograd.graph.increment_version(live)
+        torch.autograd.graph.increment_version([t for t in live if not t.is_inference()])  # which have none

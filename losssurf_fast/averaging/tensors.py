@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._dtensor_spec import TensorMeta
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.parameter import is_lazy
 
 from losssurf_fast.ops.swag import Place
 
@@ -75,7 +76,7 @@ def match(caller: str, ours: Mapping[str, torch.Tensor], theirs: Mapping[str, to
     """``theirs`` in the order of ``ours``.
 
     Raises:
-        ValueError: the names, or the shapes or placements under a name, differ.
+        ValueError: the names, or the shapes or placements under a name, differ, or one of ``theirs`` has no values.
     """
     missing, unexpected = [n for n in ours if n not in theirs], [n for n in theirs if n not in ours]
     if missing or unexpected:
@@ -84,6 +85,9 @@ def match(caller: str, ours: Mapping[str, torch.Tensor], theirs: Mapping[str, to
         raise ValueError(f"{caller}: the model must have the tensors of the average; it {' and '.join(parts)}")
     for name, mine in ours.items():
         other = theirs[name]
+        if is_lazy(other) or other.is_meta:
+            kind = "a lazy tensor" if is_lazy(other) else "one on the meta device"
+            raise ValueError(f"{caller}: {name} must hold values, got {kind}")
         if mine.shape != other.shape:
             raise ValueError(f"{caller}: {name} must have shape {tuple(mine.shape)}, got {tuple(other.shape)}")
         if isinstance(mine, DTensor) != isinstance(other, DTensor):

@@ -1,6 +1,6 @@
 """Averages of weights inside other libraries' training loops; each module here needs its library."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
@@ -10,8 +10,13 @@ from losssurf_fast.averaging.batch_norm import update_bn
 from losssurf_fast.averaging.tensors import is_sharded, match, named_buffers, named_parameters
 
 
-def check_when(name: str, every: str, start: int) -> None:
-    """Refuse what a callback ``name`` cannot update at."""
+def check_arguments(name: str, make_average: Callable, every: str, start: int) -> None:
+    """Refuse what a callback ``name`` cannot make an average by, or update at."""
+    if isinstance(make_average, nn.Module) or not callable(make_average):
+        raise TypeError(
+            f"{name}: make_average must be a function that makes an average of a model, got "
+            f"{type(make_average).__name__}"
+        )
     if every not in ("step", "epoch"):
         raise ValueError(f"{name}: every must be 'step' or 'epoch', got {every!r}")
     if isinstance(start, bool) or not isinstance(start, int) or start < 0:
@@ -24,6 +29,13 @@ def refuse_sharded(model: nn.Module, remedy: str) -> None:
         raise NotImplementedError(
             f"AveragingCallback: a sharded average is not written to checkpoints yet; use {remedy}"
         )
+
+
+def make(name: str, make_average: Callable[[nn.Module], AveragedModel], model: nn.Module) -> AveragedModel:
+    average = make_average(model)
+    if not isinstance(average, AveragedModel):
+        raise TypeError(f"{name}: make_average must return an AveragedModel, got {type(average).__name__}")
+    return average
 
 
 def has_average(average: AveragedModel | None) -> bool:

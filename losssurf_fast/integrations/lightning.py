@@ -15,7 +15,7 @@ except ImportError as error:
     ) from error
 
 from losssurf_fast.averaging import AveragedModel, averaged_weights
-from losssurf_fast.integrations import check_when, has_average, install_average, refuse_sharded
+from losssurf_fast.integrations import check_arguments, has_average, install_average, make, refuse_sharded
 
 _REMEDY = "enable_checkpointing=False"
 
@@ -32,8 +32,8 @@ class AveragingCallback(Callback):
             gives any other than the equal average of SWA.
         every: "step" or "epoch".
         start: how many optimizer steps, or epochs, pass before the first that is averaged.
-        evaluate_average: validate and test with the average in the module, once there is one. Buffers are then the
-            average's own; with BatchNorm pass ``use_buffers=True`` to ``make_average``, which averages them.
+        evaluate_average: validate, test and predict with the average in the module, once there is one. Buffers are
+            then the average's own; with BatchNorm pass ``use_buffers=True`` to ``make_average``, which averages them.
         copy_at_end: leave the average in the module when training ends.
         recalibrate_bn: then run the training data through the module for its BatchNorm layers (``lsf.update_bn``); the
             module must accept the first item of a batch, or a batch that is a dict as keyword arguments.
@@ -42,7 +42,7 @@ class AveragingCallback(Callback):
         average: the :class:`lsf.AveragedModel`, None before training.
 
     Raises:
-        ValueError: ``every`` or ``start`` is not as above.
+        TypeError, ValueError: an argument is not as above, or ``make_average`` makes something else.
         NotImplementedError: ``fit`` writes checkpoints of a sharded module (ModelParallelStrategy).
     """
 
@@ -56,7 +56,7 @@ class AveragingCallback(Callback):
         copy_at_end: bool = True,
         recalibrate_bn: bool = True,
     ) -> None:
-        check_when("AveragingCallback", every, start)
+        check_arguments("AveragingCallback", make_average, every, start)
         self.make_average, self.every, self.start = make_average, every, start
         self.evaluate_average, self.copy_at_end, self.recalibrate_bn = evaluate_average, copy_at_end, recalibrate_bn
         self.average: AveragedModel | None = None
@@ -67,7 +67,7 @@ class AveragingCallback(Callback):
 
     def _make(self, module: LightningModule) -> None:
         with torch.inference_mode(False):  # Lightning tests within inference mode, whose tensors never leave it
-            self.average = self.make_average(module)
+            self.average = make("AveragingCallback", self.make_average, module)
         if self._loaded is not None:
             self.average.load_state_dict(self._loaded)
             self._loaded = None
@@ -89,8 +89,10 @@ class AveragingCallback(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.copy_at_end and has_average(self.average):
-            loader = trainer.train_dataloader if self.recalibrate_bn else None
-            install_average(pl_module, self.average, loader, pl_module.device)
+            precision = trainer.precision_plugin
+            loader = map(precision.convert_input, trainer.train_dataloader) if self.recalibrate_bn else None
+            with precision.forward_context():
+                install_average(pl_module, self.average, loader, pl_module.device)
             self._in_module = True
 
     def _swap_in(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -102,8 +104,8 @@ class AveragingCallback(Callback):
     def _swap_out(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._swap.close()
 
-    on_validation_start = on_test_start = _swap_in
-    on_validation_end = on_test_end = _swap_out
+    on_validation_start = on_test_start = on_predict_start = _swap_in
+    on_validation_end = on_test_end = on_predict_end = _swap_out
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._swap.close()

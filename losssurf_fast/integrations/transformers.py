@@ -17,7 +17,7 @@ except ImportError as error:
 
 from losssurf_fast.averaging import AveragedModel, averaged_weights
 from losssurf_fast.files import load_state, save_state
-from losssurf_fast.integrations import check_when, has_average, install_average, refuse_sharded
+from losssurf_fast.integrations import check_arguments, has_average, install_average, make, refuse_sharded
 
 FILE = "weight_average.pt"  # in a checkpoint's folder
 
@@ -46,7 +46,7 @@ class AveragingCallback(TrainerCallback):
         average: the :class:`lsf.AveragedModel`, None before training.
 
     Raises:
-        ValueError: ``every`` or ``start`` is not as above.
+        TypeError, ValueError: an argument is not as above, or ``make_average`` makes something else.
         NotImplementedError: ``train`` writes checkpoints of a sharded model.
     """
 
@@ -60,7 +60,7 @@ class AveragingCallback(TrainerCallback):
         recalibrate_bn: bool = True,
         resume_from: str | os.PathLike | None = None,
     ) -> None:
-        check_when("AveragingCallback", every, start)
+        check_arguments("AveragingCallback", make_average, every, start)
         self.make_average, self.every, self.start = make_average, every, start
         self.copy_at_end, self.recalibrate_bn, self.resume_from = copy_at_end, recalibrate_bn, resume_from
         self.average: AveragedModel | None = None
@@ -71,7 +71,7 @@ class AveragingCallback(TrainerCallback):
     ) -> None:
         if args.save_strategy != "no":
             refuse_sharded(model, "save_strategy='no'")
-        average = self.make_average(model)
+        average = make("AveragingCallback", self.make_average, model)
         if state.global_step > 0:
             average.load_state_dict(load_state("AveragingCallback", self._saved(args, state)))
         self.average, self._in_model = average, False
