@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import swa_utils
 
@@ -205,6 +205,10 @@ def refusals(rank):
         average.update_parameters(sharded)
     with pytest.raises(RuntimeError, match="module.0.weight must be a DTensor"):
         careful.load_state_dict(average.state_dict())
+    state = careful.state_dict()
+    state["module.0.weight"] = distribute_tensor(torch.ones(5, 4), state["module.0.weight"].device_mesh, [Replicate()])
+    with pytest.raises(RuntimeError, match=r"module.0.weight must be placed as \(.*Shard.*\), got \(.*Replicate"):
+        careful.load_state_dict(state)
     careful.update_parameters(sharded)
     before = copy.deepcopy(careful.state_dict())
     if rank == 0:

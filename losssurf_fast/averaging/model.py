@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import nn
 
+from losssurf_fast.averaging import loading, tensors
 from losssurf_fast.averaging import offload as offloading
-from losssurf_fast.averaging import tensors
 from losssurf_fast.averaging.compressed import Compressed
 from losssurf_fast.averaging.holder import averaged_dtype, holder_of, require_weights
 from losssurf_fast.averaging.pairing import Pairing, by_device
@@ -188,15 +188,17 @@ class AveragedModel(nn.Module):
         """Load averages saved here or by torch's class.
 
         Raises:
-            RuntimeError: keys (if ``strict``), shapes or placements differ. Nothing is changed.
+            RuntimeError: keys (if ``strict``), shapes, placements or kinds of dtype differ, or n_averaged is no count.
+                Nothing is changed.
         """
         if not isinstance(state_dict, Mapping):
             raise TypeError(f"{_NAME}.load_state_dict: state_dict must be a mapping, got {type(state_dict).__name__}")
         loaded = OrderedDict(state_dict)
         if hasattr(state_dict, "_metadata"):
             loaded._metadata = state_dict._metadata
-        self._rename(loaded, "")
-        self._check_loaded(loaded, strict)
+        ours = self.state_dict()
+        loading.rename(loaded, ours, "")
+        loading.check(f"{_NAME}.load_state_dict", loaded, ours, strict)
         return super().load_state_dict(loaded, strict, assign)
 
     # ---- within ------------------------------------------------------------------------------------------------------
@@ -281,50 +283,14 @@ class AveragedModel(nn.Module):
         for (device, _), (ours, theirs) in groups.items():
             self.multi_avg_fn(ours, theirs, count.to(device))
 
-    def _rename(self, loaded: dict, prefix: str) -> None:
-        """Give the keys that wrappers of the averaged model have changed our names."""
-        ours = {tensors.plain_name(k): k for k in self.state_dict()}
-        keys = [k for k in loaded if k.startswith(f"{prefix}module.")]
-        plain = {k: tensors.plain_name(k.removeprefix(prefix)) for k in keys}
-        wrapped = lambda: all(p.startswith("module.module.") for p in plain.values())  # by DistributedDataParallel
-        while keys and wrapped() and not set(plain.values()) <= ours.keys():
-            plain = {k: p.removeprefix("module.") for k, p in plain.items()}
-        renamed = {k: prefix + ours.get(p, p) for k, p in plain.items()}
-        if len(set(renamed.values())) == len(renamed):
-            for k, value in [(k, loaded.pop(k)) for k in keys]:
-                loaded[renamed[k]] = value
-
-    def _check_loaded(self, loaded: dict, strict: bool) -> None:
-        ours = self.state_dict()
-        problems = []
-        if strict:
-            problems += [f"{k} is missing" for k in ours if k not in loaded]
-            problems += [f"{k} is not of this model" for k in loaded if k not in ours]
-        for k, mine in ours.items():
-            value = loaded.get(k)
-            if not isinstance(mine, torch.Tensor) or k not in loaded:
-                continue
-            if not isinstance(value, torch.Tensor):
-                problems.append(f"{k} must be a tensor, got {type(value).__name__}")
-            elif value.shape != mine.shape:
-                problems.append(f"{k} must have shape {tuple(mine.shape)}, got {tuple(value.shape)}")
-            elif value.is_meta and not mine.is_meta:
-                problems.append(f"{k} must hold values, got a tensor on the meta device")
-            elif value.is_complex() and not mine.is_complex():
-                problems.append(f"{k} must be real, got {value.dtype}")
-            elif k == "n_averaged" and int(value) < 0:
-                problems.append(f"n_averaged must not be negative, got {int(value)}")
-            elif tensors.is_sharded(mine) != tensors.is_sharded(value):
-                problems.append(f"{k} must {'' if tensors.is_sharded(mine) else 'not '}be a DTensor, got {type(value)}")
-        if problems:
-            more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-            raise RuntimeError(f"{_NAME}.load_state_dict: {'; '.join(problems[:5])}{more}")
-
     def _load_from_state_dict(self, state_dict, prefix, *args):
         self.synchronize()
         self._calls = 0
         if prefix:  # as a part of another module: load_state_dict has not seen the keys
-            self._rename(state_dict, prefix)
+            ours = self.state_dict()
+            loading.rename(state_dict, ours, prefix)
+            part = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
+            loading.check(f"{_NAME}.load_state_dict", part, ours, strict=False)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def state_dict(self, *args, **kwargs):
