@@ -104,6 +104,7 @@ class AveragedModel(nn.Module):
         self.register_buffer("n_averaged", torch.tensor(int(include_start), dtype=torch.long, device=device))
         self.avg_fn, self.multi_avg_fn, self.use_buffers = avg_fn, multi_avg_fn, use_buffers
         self.average, self.decay, self.ema_warmup = average, float(decay), ema_warmup
+        self.average_dtype = average_dtype
         self.update_every, self.offload, self.check_finite = update_every, offload, check_finite
         self._calls = 0
         self._count, self._counted = int(include_start), (self.n_averaged, self.n_averaged._version)
@@ -118,6 +119,9 @@ class AveragedModel(nn.Module):
 
     def forward(self, *args, **kwargs):
         """The averaged model's output.
+
+        Where averages are cast, backward through activation checkpointing within the model raises torch's error for
+        recomputed values of other dtypes: take both passes in the model, ``with averaged_weights(model, average)``.
 
         Raises:
             RuntimeError: the averages are sharded.
@@ -201,6 +205,15 @@ class AveragedModel(nn.Module):
         loading.check(f"{_NAME}.load_state_dict", loaded, ours, strict)
         return super().load_state_dict(loaded, strict, assign)
 
+    def extra_repr(self) -> str:
+        shown = [f"average={self.average!r}"]
+        shown += [f"decay={self.decay}, ema_warmup={self.ema_warmup}"] if self.average == "ema" else []
+        given = {"average_dtype": None, "update_every": 1, "offload": None}
+        shown += [f"{k}={getattr(self, k)}" for k, default in given.items() if getattr(self, k) != default]
+        if self._counts() or self.n_averaged.device.type == "cpu":  # not for the price of waiting for the device
+            shown.append(f"n_averaged={self._number()}")
+        return ", ".join(shown)
+
     # ---- within ------------------------------------------------------------------------------------------------------
 
     def _named(self, named: Callable) -> list[tuple[str, torch.Tensor]]:
@@ -233,10 +246,14 @@ class AveragedModel(nn.Module):
 
     def _number(self) -> int:
         """n_averaged, without reading it from the device unless someone else has changed it."""
-        buffer = self.n_averaged
-        if self._counted is None or buffer is not self._counted[0] or buffer._version != self._counted[1]:
-            self._count = int(buffer)
+        if not self._counts():
+            self._count = int(self.n_averaged)
         return self._count
+
+    def _counts(self) -> bool:
+        """Whether the count on the host is that of ``n_averaged``."""
+        buffer = self.n_averaged
+        return self._counted is not None and buffer is self._counted[0] and buffer._version == self._counted[1]
 
     def _take(self, pairing: Pairing, values, sources, n: int, count: torch.Tensor) -> None:
         averages, _, copies, _ = pairing.lists()
