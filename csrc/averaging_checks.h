@@ -6,7 +6,6 @@
 
 #include <algorithm>
 #include <string>
-#include <utility>
 #include <vector>
 
 namespace losssurf {
@@ -32,13 +31,46 @@ inline void check_averaging_dtype(const char* name, const char* label, size_t i,
                    "(torch.float64, torch.float32, torch.bfloat16, torch.float16), got ", dtype_name(t));
 }
 
+// The memory of tensors of which at least one is written. Two of them may not share any; interleaved ones, such as
+// columns of a matrix, are compared by their first elements alone.
+class Extents {
+ public:
+  explicit Extents(const char* name) : name_(name) {}
+  void add(const char* label, at::TensorList tensors) {
+    for (size_t i = 0; i < tensors.size(); ++i) {
+      const at::Tensor& t = tensors[i];
+      if (t.numel() == 0) continue;
+      TORCH_CHECK_VALUE(at::has_internal_overlap(t) != at::MemOverlap::Yes, name_, ": ", label, "[", i,
+                        "] must not be expanded, several of its elements are one in memory");
+      const bool dense = t.is_contiguous() || t.is_non_overlapping_and_dense();
+      const auto begin = reinterpret_cast<uintptr_t>(t.const_data_ptr());
+      extents_.push_back({begin, begin + (dense ? t.numel() : 1) * t.element_size(), label, i});
+    }
+  }
+  void check() {
+    std::sort(extents_.begin(), extents_.end(), [](const Extent& a, const Extent& b) { return a.begin < b.begin; });
+    for (size_t k = 1; k < extents_.size(); ++k) {
+      const Extent &a = extents_[k - 1], &b = extents_[k];
+      TORCH_CHECK_VALUE(a.end <= b.begin, name_, ": ", a.label, "[", a.index, "] and ", b.label, "[", b.index,
+                        "] must not share memory");
+    }
+  }
+
+ private:
+  struct Extent {
+    uintptr_t begin, end;
+    const char* label;
+    size_t index;
+  };
+  const char* name_;
+  std::vector<Extent> extents_;
+};
+
 // `copies` lists of averages, one after the other, of the same values
 inline void check_lerp(const char* name, at::TensorList averages, at::TensorList values, size_t copies) {
   TORCH_CHECK_VALUE(averages.size() == copies * values.size(), name, ": averages must hold ",
                     copies == 1 ? "" : std::to_string(copies) + " times ", values.size(), " tensors like values, got ",
                     averages.size());
-  std::vector<std::pair<const void*, size_t>> places;
-  places.reserve(averages.size());
   for (size_t i = 0; i < averages.size(); ++i) {
     const at::Tensor& average = averages[i];
     const at::Tensor& value = values[i % values.size()];
@@ -48,14 +80,10 @@ inline void check_lerp(const char* name, at::TensorList averages, at::TensorList
                       shape_of(value.sizes()), ", got ", shape_of(average.sizes()));
     TORCH_CHECK_VALUE(average.device() == value.device(), name, ": averages[", i, "] must be on the value's ",
                       value.device(), ", got ", average.device());
-    TORCH_CHECK_VALUE(at::has_internal_overlap(average) != at::MemOverlap::Yes, name, ": averages[", i,
-                      "] must not be expanded, several of its elements are one in memory");
-    if (average.numel() > 0) places.emplace_back(average.const_data_ptr(), i);
   }
-  std::sort(places.begin(), places.end());
-  for (size_t k = 1; k < places.size(); ++k)
-    TORCH_CHECK_VALUE(places[k].first != places[k - 1].first, name, ": averages must be distinct tensors, ",
-                      places[k - 1].second, " and ", places[k].second, " share their memory");
+  Extents memory(name);
+  memory.add("averages", averages);
+  memory.check();
 }
 
 }  // namespace losssurf

@@ -1,7 +1,8 @@
 // One element of the averaging family: ops/averaging.py and ops/swag.py have the contracts.
 //
 // Templates over F (float, lanes of it, or double), shared by the CPU and CUDA kernels. In fp32 every product that is
-// added is an explicit fma, in fp64 none is, so all backends return the same bits.
+// added is an explicit fma, in fp64 none is: built without contraction (-ffp-contract=off, -fmad=false), all backends
+// return the same bits.
 #pragma once
 #include "scalar.h"
 

@@ -1,7 +1,5 @@
-// What the kernels of swag_collect_ and swag_sample_ refuse, on every device: ops/swag.py has the same words for Python.
+// What the kernels of swag_collect_ and swag_sample_ refuse, on every device: ops/swag.py has the same words.
 #pragma once
-#include <c10/core/ScalarType.h>
-
 #include "averaging_checks.h"
 
 namespace losssurf {
@@ -10,8 +8,12 @@ inline std::string shape_and_device(at::IntArrayRef sizes, const at::Tensor& t) 
   return shape_of(sizes) + " on " + t.device().str();
 }
 
-inline void check_swag_state(const char* name, at::TensorList mean, at::TensorList m2, at::TensorList deviations) {
-  const auto moment = [](const at::Tensor& t) { return t.scalar_type() == at::kFloat || t.scalar_type() == at::kDouble; };
+// `out` is what is written besides.
+inline void check_swag_state(const char* name, at::TensorList mean, at::TensorList m2, at::TensorList deviations,
+                             at::TensorList out) {
+  const auto moment = [](const at::Tensor& t) {
+    return t.scalar_type() == at::kFloat || t.scalar_type() == at::kDouble;
+  };
   TORCH_CHECK_VALUE(m2.size() == mean.size(), name, ": m2 must hold ", mean.size(), " tensors like mean, got ",
                     m2.size());
   TORCH_CHECK_VALUE(deviations.empty() || deviations.size() == mean.size(), name,
@@ -39,12 +41,15 @@ inline void check_swag_state(const char* name, at::TensorList mean, at::TensorLi
                       deviations[0].size(0), " columns like deviations[0], got ", slots.size(0));
     TORCH_CHECK_VALUE(slots.is_contiguous(), name, ": deviations[", i, "] must be contiguous");
   }
+  Extents memory(name);
+  memory.add("out", out), memory.add("mean", mean), memory.add("m2", m2), memory.add("deviations", deviations);
+  memory.check();
 }
 
 inline void check_swag_collect(at::TensorList mean, at::TensorList m2, at::TensorList deviations, at::TensorList values,
                                int64_t n) {
   const char* name = "swag_collect_";
-  check_swag_state(name, mean, m2, deviations);
+  check_swag_state(name, mean, m2, deviations, {});
   TORCH_CHECK_VALUE(values.size() == mean.size(), name, ": values must hold ", mean.size(),
                     " tensors like mean, got ", values.size());
   for (size_t i = 0; i < mean.size(); ++i) {
@@ -60,7 +65,7 @@ inline void check_swag_collect(at::TensorList mean, at::TensorList m2, at::Tenso
 inline void check_swag_sample(at::TensorList out, at::TensorList mean, at::TensorList m2, at::TensorList deviations,
                               int64_t n, int64_t num_samples, at::IntArrayRef places) {
   const char* name = "swag_sample";
-  check_swag_state(name, mean, m2, deviations);
+  check_swag_state(name, mean, m2, deviations, out);
   TORCH_CHECK_VALUE(n >= 1, name, ": n must be at least 1, nothing has been collected, got ", n);
   TORCH_CHECK_VALUE(out.size() == mean.size() && places.size() == 4 * mean.size(), name,
                     ": out and places must hold ", mean.size(), " like mean, got ", out.size(), ", ",

@@ -151,6 +151,63 @@ def test_buffers_that_the_average_lacks_are_restored_too():
     assert_same_bits(model, before)
 
 
+def test_swag_in_the_model_and_an_exception():
+    model = Net()
+    swag = lsf.SWAG(model)
+    for _ in range(3):
+        step(model)
+        swag.collect_model(model)
+    step(model)
+    before = bits(model)
+    with pytest.raises(ZeroDivisionError), lsf.averaged_weights(model, swag):
+        assert all(torch.equal(p, swag.averages()[name]) for name, p in model.named_parameters())
+        lsf.update_bn([torch.randn(6, 5)], model)
+        raise ZeroDivisionError
+    assert_same_bits(model, before)
+
+
+def test_restores_into_tensors_that_were_replaced():
+    model, average = averaged_pair()
+    before = bits(model)
+    with lsf.averaged_weights(model, average):
+        model.load_state_dict({name: t + t for name, t in model.state_dict().items()}, assign=True)
+        model.cache = torch.zeros(2)
+        assert model.tied.weight is not model.last.weight
+    assert torch.equal(model.tied.weight, model.last.weight)
+    model.tied.weight = model.last.weight
+    assert_same_bits(model, before)
+    with lsf.averaged_weights(model, average):
+        model.cache, model.mask = torch.zeros(5), None
+    assert model.cache.eq(0).all() and model.mask is None
+    assert all(torch.equal(now, before[name]) for name, now in bits(model).items() if name != "cache")
+
+
+@pytest.mark.parametrize(
+    "ours, theirs", [("float32", "complex64"), ("complex64", "float32"), ("float32", "int64"), ("uint8", "bool")]
+)
+def test_other_kinds_of_dtypes_are_refused_by_everything_that_pairs(ours, theirs):
+    model, other = nn.Linear(2, 3), nn.Linear(2, 3)
+    for m, dtype in ((model, ours), (other, theirs)):
+        m.register_buffer("extra", torch.ones(2, dtype=getattr(torch, dtype)))
+    average, swag, fge = lsf.AveragedModel(model), lsf.SWAG(model), lsf.FGE(model)
+    average.update_parameters(model), swag.collect_model(model), fge.collect_model()
+    kept = [bits(m) for m in (average, swag.module, other)]
+    state = {name: t.clone() for name, t in swag.state_dict().items()}
+    calls = [
+        lambda: average.update_parameters(other),
+        lambda: swag.collect_model(other),
+        lambda: fge.collect_model(other),
+    ]
+    calls += [lambda: lsf.averaged_weights(other, average).__enter__()]
+    calls += [lambda: swag.load_state_dict(state | {"base.extra": other.extra})]
+    for call in calls:
+        with pytest.raises(TypeError, match=f"extra must be like torch.{ours}, got torch.{theirs}"):
+            call()
+    for m, before in zip((average, swag.module, other), kept, strict=True):
+        assert_same_bits(m, before)
+    assert all(torch.equal(t, state[name]) for name, t in swag.state_dict().items())
+
+
 def test_bad_arguments():
     with (
         pytest.raises(TypeError, match=r"averaged_weights: model must be a torch.nn.Module, got int"),

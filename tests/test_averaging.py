@@ -131,7 +131,7 @@ def test_not_finite_values_are_averaged_as_they_are():
 
 
 def test_fp32_average_of_bf16_values_moves_where_a_bf16_one_stands_still():
-    """peers.md 2.5: decay 0.9999 from 1 towards 2 in 10000 steps."""
+    """Decay 0.9999 from 1 towards 2 in 10000 steps: 2 - 0.9999^10000."""
     wide, narrow, value = [torch.ones(1)], [torch.ones(1, dtype=BF16)], [torch.full((1,), 2.0, dtype=BF16)]
     for _ in range(10_000):
         ema_(wide, value, 0.9999)
@@ -219,13 +219,28 @@ ONE, TWO = [torch.zeros(3)], [torch.zeros(3), torch.zeros(2)]
         (ONE, ONE, "half", TypeError, "lerp_: weight must be a number, got str"),
         (ONE, ONE, float("nan"), ValueError, "lerp_: weight must be finite, got nan"),
         ([torch.zeros(1).expand(3)], ONE, 0.5, ValueError, r"averages\[0\] must not be expanded"),
-        (2 * ONE, TWO[:1] * 2, 0.5, ValueError, "lerp_: averages must be distinct tensors"),
+        (2 * ONE, TWO[:1] * 2, 0.5, ValueError, r"averages\[0\] and averages\[1\] must not share memory"),
     ],
 )
 def test_lerp_refuses(averages, values, weight, error, message):
     with pytest.raises(error, match=message):
         lerp_(averages, values, weight)
     assert not any(t.any() for t in ONE)
+
+
+def test_averages_that_overlap_are_refused_and_interleaved_ones_are_not():
+    memory = torch.zeros(6)
+    with pytest.raises(ValueError, match=r"averages\[0\] and averages\[1\] must not share memory"):
+        lerp_([memory[:4], memory[2:]], 2 * [torch.ones(4)], 0.5)
+    assert not memory.any()
+    lerp_([memory[::2], memory[1::2]], [torch.ones(3), torch.full((3,), 2.0)], 1.0)
+    assert memory.tolist() == [1, 2, 1, 2, 1, 2]
+
+
+@pytest.mark.parametrize("averages", (2 * [torch.zeros(3)], [torch.zeros(1).expand(3), torch.zeros(3)]))
+def test_the_reference_refuses_shared_memory_too(averages):
+    with pytest.raises(ValueError, match="must not share memory|must not be expanded"):
+        lerp_reference(averages, 2 * [torch.ones(3)], 0.5)
 
 
 def test_nothing_changes_where_a_later_pair_is_refused():

@@ -172,6 +172,21 @@ def test_bad_input(tmp_path):
     for members in (3, [3], [{"0.weight": 3}]):
         with pytest.raises(ValueError, match="FGE.load_state_dict: state.'members'. must be a list of dicts"):
             fge.load_state_dict({**fge.state_dict(), "members": members})
+    schedule, before = fge.schedule.state_dict(), fge.state_dict()
+    spoiled = {
+        "lacks cycle, last_epoch": (
+            ValueError,
+            {k: v for k, v in schedule.items() if k not in ("cycle", "last_epoch")},
+        ),
+        "last_epoch must be an int of at least 0, got 'x'": (ValueError, schedule | {"last_epoch": "x"}),
+        "cycle must be even, got 3": (ValueError, schedule | {"cycle": 3}),
+        "lr_1 must be one number or 1, one for each group, got 2": (ValueError, schedule | {"lrs_1": [0.1, 0.1]}),
+        "lr_2 must be a number, got NoneType": (TypeError, schedule | {"lrs_2": [None]}),
+    }
+    for message, (error, state) in spoiled.items():
+        with pytest.raises(error, match=f"FGETriangleLR.load_state_dict: .*{message}"):
+            fge.load_state_dict({"members": before["members"] * 2, "schedule": state})
+        assert len(fge.members) == 1 and fge.state_dict()["schedule"] == before["schedule"]
     wide = lsf.FGE(nn.Sequential(nn.Linear(6, 7), *network()[1:]))
     with pytest.raises(ValueError, match=r"FGE.load_state_dict: 0.weight must have shape \(7, 6\), got \(7, 5\)"):
         wide.load_state_dict(fge.state_dict())

@@ -41,6 +41,31 @@ def test_swag_samples_into_any_layout(dtype):
     assert_same_bits(wide, [t.to(dtype) for t in expected])
 
 
+def test_swag_refuses_shared_memory():
+    mean, m2, deviations = collected(shapes=[(4,), (6,)])
+    before = [t.clone() for t in mean]
+    values = [torch.ones(4), torch.ones(6)]
+    both = torch.zeros(9)
+    draw = lambda out: ops.swag_sample(mean, m2, deviations, 5, 1, out=out)
+    for call, message in (
+        (lambda: ops.swag_collect_(mean, mean, deviations, values, 5), "must not share memory"),
+        (lambda: ops.swag_collect_([mean[1][:4], mean[1]], m2, deviations, values, 5), "must not share memory"),
+        (
+            lambda: ops.swag_sample(mean, m2, deviations, 5, 1, out=mean),
+            r"out\[0\] and mean\[0\] must not share|and out",
+        ),
+        (lambda: draw([both[:4], both[3:]]), r"out\[0\] and out\[1\]"),
+        (
+            lambda: ops.swag_sample(mean, m2, deviations, 5, 1, out=[both[:1].expand(4), both[3:]]),
+            "must not be expanded",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    assert_same_bits(mean, before)
+    assert not both.any()
+
+
 def test_swag_of_no_tensors():
     ops.swag_collect_([], [], [], [], 3)
     assert ops.swag_sample([], [], [], 3, 0) == []

@@ -24,23 +24,6 @@ def test_swag_state_dict_round_trip(no_cov_mat, tmp_path):
     assert all(torch.equal(a, other.samples(2, seed=1)[n]) for n, a in swag.samples(2, seed=1).items())
 
 
-def test_swag_as_a_part_of_another_module():
-    model = Net()
-    held, other = (nn.ModuleDict({"net": Net(), "swag": lsf.SWAG(model, max_num_models=3)}) for _ in range(2))
-    walk(model, 4, held["swag"])
-    state = held.state_dict()
-    assert {k for k in state if k.startswith("swag.")} == {f"swag.{k}" for k in held["swag"].state_dict()}
-    other.load_state_dict(state)
-    assert_same_state(other["swag"], state_of(held["swag"]))
-    assert other["swag"].n_models == 4
-    walk(model, 1, other["swag"])
-    before = state_of(other["swag"])
-    del state["swag.base.scale_m2"]
-    with pytest.raises(RuntimeError, match="missing keys .'base.scale_m2'. of 1"):
-        other.load_state_dict(state)
-    assert_same_state(other["swag"], before)
-
-
 @pytest.mark.parametrize(
     "spoil, error, match",
     [
@@ -129,3 +112,67 @@ def test_swag_refuses_swa_gaussian_states():
     assert lsf.SWAG.from_swa_gaussian(diagonal, model).no_cov_mat
     none_kept = {k: v[:0] if "cov" in k else v for k, v in good.items()}
     assert lsf.SWAG.from_swa_gaussian(none_kept, model).no_cov_mat
+
+
+class Parent(nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        self.net, self.head = Net(), nn.Linear(2, 2)
+        self.swag = lsf.SWAG(self.net, max_num_models=3, **options)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_swag_as_a_part_of_another_module(assign, tmp_path):
+    parent, other, empty = Parent(), Parent(), Parent()
+    walk(parent.net, 5, parent.swag)
+    parent.swag.sample(seed=1)
+    other.swag.collect_model(other.net)
+    other.swag.sample(seed=2)
+    drawn = {name: (p, p.clone()) for name, p in other.swag.module.named_parameters()}
+    assert {k: v.shape for k, v in parent.state_dict().items()} == {k: v.shape for k, v in empty.state_dict().items()}
+    ours = {k.removeprefix("swag."): v for k, v in parent.state_dict().items() if k.startswith("swag.")}
+    assert ours.keys() == parent.swag.state_dict().keys()
+    torch.save(parent.state_dict(), tmp_path / "parent.pt")
+    other.load_state_dict(torch.load(tmp_path / "parent.pt", weights_only=True), assign=assign)
+    assert_same_state(other.swag, state_of(parent.swag))
+    assert torch.equal(other.head.weight, parent.head.weight) and other.swag.n_models == 5
+    for name, p in other.swag.module.named_parameters():
+        assert p is drawn[name][0] and torch.equal(p, drawn[name][1])
+    walk(parent.net, 2, parent.swag, other.swag)
+    assert_same_state(other.swag, state_of(parent.swag))
+    assert all(torch.equal(p, parent.swag.sample(seed=3)[name]) for name, p in other.swag.sample(seed=3).items())
+
+
+def test_swag_in_another_module_refuses_checkpoints():
+    parent, other = Parent(), Parent()
+    walk(parent.net, 3, parent.swag)
+    walk(other.net, 2, other.swag)
+    before = state_of(other.swag)
+    cases = {
+        r"Missing key.*swag.base.scale_m2": lambda s: s.pop("swag.base.scale_m2"),
+        r"Unexpected key.*swag.more": lambda s: s.update({"swag.more": torch.zeros(1)}),
+        r"Unexpected key.*swag.module.scale": lambda s: s.update({"swag.module.scale": torch.zeros(())}),
+        r"swag.load_state_dict: base.scale_mean must have": lambda s: s.update(
+            {"swag.base.scale_mean": torch.zeros(2)}
+        ),
+        r"swag.load_state_dict: n_models must not": lambda s: s.update({"swag.n_models": torch.tensor(-1)}),
+        r"swag.state_dict's base.scale_mean must be a tensor": lambda s: s.update({"swag.base.scale_mean": 3}),
+    }
+    for message, spoil in cases.items():
+        state = dict(parent.state_dict())
+        spoil(state)
+        with pytest.raises(RuntimeError, match=message):
+            other.load_state_dict(state)
+        if "Unexpected" in message:
+            other.swag.load_state_dict(before)
+        assert_same_state(other.swag, before)
+    with pytest.raises(RuntimeError, match="Unexpected key.*swag.base.token_deviations"):
+        Parent(no_cov_mat=True).load_state_dict(parent.state_dict())
+    state = {k: v for k, v in parent.state_dict().items() if k != "swag.n_models"}
+    assert other.load_state_dict(state, strict=False).missing_keys == ["swag.n_models"]
+    assert_same_state(other.swag, before)
+    without = {k: v for k, v in parent.swag.state_dict().items() if k != "n_models"}
+    assert other.swag.load_state_dict(without, strict=False).missing_keys == ["n_models"]
+    assert_same_state(other.swag, before)
+    other.swag.load_state_dict(parent.swag.state_dict() | {"more": torch.zeros(1)}, strict=False)
+    assert_same_state(other.swag, state_of(parent.swag))

@@ -2,10 +2,10 @@
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
-#include <cmath>
 #include <vector>
 
 #include "../averaging_checks.h"
+#include "../averaging_math.h"
 #include "tiles.h"
 
 namespace losssurf {
@@ -20,10 +20,9 @@ void average_double(const Tensor& average, const Tensor& value, double weight) {
   const Tensor a = in_place ? average : average.to(at::kDouble).contiguous(), v = value.to(at::kDouble).contiguous();
   double* out = a.mutable_data_ptr<double>();
   const double* in = v.const_data_ptr<double>();
-  const bool near = std::abs(weight) < 0.5;
+  const auto w = LerpWeightIn<double>::of(weight);
   at::parallel_for(0, a.numel(), 8 * kTile, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i)
-      out[i] = near ? out[i] + weight * (in[i] - out[i]) : in[i] + (weight - 1) * (in[i] - out[i]);
+    for (int64_t i = begin; i < end; ++i) out[i] = lerp_element(out[i], in[i], w);
   });
   if (!in_place) average.copy_(a);
 }

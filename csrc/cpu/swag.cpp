@@ -5,6 +5,7 @@
 #include <cmath>
 #include <vector>
 
+#include "../averaging_math.h"
 #include "../swag_checks.h"
 #include "tiles.h"
 
@@ -21,11 +22,9 @@ constexpr int64_t kLargeOutput = 4 << 20;  // bytes; a reader would not find the
 void collect_double(double weight, bool first, int64_t n, double* mean, double* m2, const double* value,
                     double* deviation) {
   for (int64_t i = 0; i < n; ++i) {
-    const double v = value[i], delta = first ? v - v : v - mean[i];
-    mean[i] = first ? v : delta * weight + mean[i];
-    const double left = first ? delta : v - mean[i];
-    m2[i] = first ? 0 : delta * left + m2[i];
-    if (deviation) deviation[i] = left;
+    const Moments<double> next = welford_element(mean[i], m2[i], value[i], weight, first);
+    mean[i] = next.mean, m2[i] = next.m2;
+    if (deviation) deviation[i] = next.deviation;
   }
 }
 
@@ -99,7 +98,7 @@ void sample_double(const Parameter& parameter, double variance_scale, int64_t be
     for (int64_t i = begin; i < begin + n; ++i) {
       double low_rank = 0;
       for (int64_t j = 0; j < p.rank; ++j) low_rank = c[j] * columns[j * numel + i] + low_rank;
-      out[i] = mean[i] + (std::sqrt(m2[i] * variance_scale) * z[i - begin] + low_rank);
+      out[i] = swag_element<double>(mean[i], m2[i], z[i - begin], low_rank, variance_scale);
     }
   }
 }

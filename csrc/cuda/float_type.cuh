@@ -42,8 +42,9 @@ LSF_INLINE void convert(double x, double& y) { y = x; }
 template <class F> LSF_INLINE void convert(__nv_bfloat16 x, F& y) { y = __bfloat162float(x); }
 template <class F> LSF_INLINE void convert(__half x, F& y) { y = __half2float(x); }
 
-// N neighbours, read and written in one access: `from` and `to` must be aligned to all of them.
-template <class T, int N> struct alignas(N * sizeof(T)) Pack {
+// N neighbours, read and written 16 bytes at a time: `from` and `to` must be aligned to 16, or to all of fewer bytes.
+// (Not to more than 16: chips that load 32 bytes at once would ask that of the tensors.)
+template <class T, int N> struct alignas(N * sizeof(T) < 16 ? N * sizeof(T) : 16) Pack {
   T value[N];
 };
 template <class F, class T, int N> LSF_INLINE void load_pack(const T* from, F (&x)[N]) {

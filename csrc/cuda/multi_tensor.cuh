@@ -13,7 +13,8 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// Bytes of a kernel's arguments, of which the functor may use some.
+// Bytes of a kernel's arguments, of which the functor may use some. More than 4 KB need CUDA 12.1 and, when it runs, a
+// driver of at least 530: an older one refuses the launch.
 #if defined(CUDART_VERSION) && CUDART_VERSION < 12010
 constexpr size_t kArguments = 4096;
 #else

@@ -86,8 +86,8 @@ class FGE:
         """Make the weights of ``model`` (None: the ensemble's own) a member.
 
         Raises:
-            TypeError: it is no module.
-            ValueError: its names or shapes are not those of the ensemble's model.
+            TypeError, ValueError: it is no module, or its names, shapes or kinds of dtypes are not those of the
+                ensemble's model.
         """
         if model is not None and not isinstance(model, nn.Module):
             raise TypeError(f"FGE.collect_model: model must be a torch.nn.Module, got {type(model).__name__}")
@@ -141,10 +141,13 @@ class FGE:
         }
 
     def load_state_dict(self, state: Mapping) -> None:
-        """Take members, and the place in the cycle where there is a schedule; the optimizer restores its own rate.
+        """Take members, and where there is a schedule its rates, its cycle and the place in it.
+
+        The optimizer's own state holds the rate of the next step.
 
         Raises:
-            ValueError: the members are not of this model, or the state is none of FGE's. Nothing is changed.
+            TypeError, ValueError: the members are not of this model, the schedule is not whole, or the state is none
+                of FGE's. Nothing is changed.
         """
         name = "FGE.load_state_dict"
         if not isinstance(state, Mapping) or not {"members", "schedule"} <= state.keys():
@@ -155,9 +158,10 @@ class FGE:
             raise ValueError(f"{name}: state was saved without a schedule and cannot resume one")
         ours = _tensors(self.model)
         members = [dict(zip(ours, match(name, ours, member), strict=True)) for member in state["members"]]
-        self._members = [_Member({key: self._kept(t, ours[key]) for key, t in m.items()}) for m in members]
+        members = [_Member({key: self._kept(t, ours[key]) for key, t in m.items()}) for m in members]
         if self.schedule is not None:
             self.schedule.load_state_dict(state["schedule"])
+        self._members = members
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the state to a file; it is whole or not there."""
@@ -168,7 +172,7 @@ class FGE:
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: the file is damaged, or of another model. Nothing is changed.
+            TypeError, ValueError: the file is damaged, or of another model. Nothing is changed.
         """
         self.load_state_dict(load_state("FGE.load", path))
 

@@ -1,13 +1,13 @@
 """Sharded models: tensors cut as their parameters are, and sums over every dimension of their mesh."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-from losssurf_fast.averaging.tensors import local
+from losssurf_fast.averaging.tensors import local, real, some
 
 
 def mesh_of(caller: str, tensors: Iterable[torch.Tensor]) -> DeviceMesh | None:
@@ -27,19 +27,37 @@ def all_reduce_(tensor: torch.Tensor, mesh: DeviceMesh) -> None:
         dist.all_reduce(tensor, group=mesh.get_group(dim))
 
 
-def nonfinite(values: list[torch.Tensor], mesh: DeviceMesh | None) -> list[int]:
-    """For each of ``values``, how many ranks hold NaN or infinity in their part of it."""
-    bad = [(~torch.isfinite(v)).any() for v in values]
-    found = torch.stack([b.to(bad[0].device) for b in bad]).long() if bad else torch.zeros(0).long()
-    if mesh is not None:
-        all_reduce_(found, mesh)
-    return found.tolist()
-
-
 def broadcast_(tensor: torch.Tensor, mesh: DeviceMesh) -> None:
     """Give every rank the tensor of the mesh's first."""
     for dim in range(mesh.ndim):
         dist.broadcast(tensor, group=mesh.get_group(dim), group_src=0)
+
+
+def require_finite(caller: str, named: Mapping[str, torch.Tensor]) -> None:
+    """Raise where a value is NaN or infinite: one flag for all tensors, and for all ranks that hold a part of them.
+
+    Raises:
+        ValueError: on every rank of a mesh; only where the value lies it names the tensor.
+    """
+    values = {name: real(local(t)) for name, t in named.items()}
+    broken = _nonfinite([*values.values()])
+    meshes = {t.device_mesh for t in named.values() if isinstance(t, DTensor)}
+    for mesh in sorted(meshes, key=lambda m: (m.size(), m.mesh.flatten().tolist())):  # in one order on every rank
+        broken = broken.to(mesh.device_type)
+        all_reduce_(broken, mesh)
+    if broken.item():
+        where = some([name for name, v in values.items() if not v.isfinite().all()]) or "other ranks' shards"
+        raise ValueError(f"{caller}: the model's weights must be finite, got NaN or inf in {where}")
+
+
+def _nonfinite(values: list[torch.Tensor]) -> torch.Tensor:
+    """0-d int32: 1 where a value is NaN or infinite. The largest magnitude tells, read in one pass."""
+    values = [v for v in values if v.numel()]
+    if not values:
+        return torch.zeros((), dtype=torch.int32)
+    largest = torch._foreach_norm(values, float("inf"))
+    largest = torch.stack([x.to(largest[0].device, torch.float64) for x in largest])
+    return largest.isfinite().all().logical_not().int()
 
 
 def is_first_copy(tensor: torch.Tensor, mesh: DeviceMesh | None) -> bool:

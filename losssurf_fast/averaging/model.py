@@ -42,7 +42,8 @@ class AveragedModel(nn.Module):
     Args:
         model: the model to average; its wrappers (DistributedDataParallel, torch.compile) are taken off.
         device: where the averages are held; by default where the model's tensors are.
-        avg_fn: ``avg_fn(average, weight, n_averaged)`` returns the new average of one tensor, in place of ``average=``.
+        avg_fn: ``avg_fn(average, weight, n_averaged)`` returns the new average of one tensor, of its shape, in place of
+            ``average=``.
         multi_avg_fn: ``multi_avg_fn(averages, weights, n_averaged)`` changes a list in place; each list has one dtype
             and one device. Weights are cast to the average's dtype for both.
         use_buffers: average floating buffers as parameters, instead of copying them.
@@ -153,7 +154,8 @@ class AveragedModel(nn.Module):
         Raises:
             TypeError: ``model`` is no module, or has a weight in a dtype that cannot be averaged.
             ValueError: names, shapes or placements differ, or ``check_finite`` found NaN or inf, on any rank. Nothing
-                is changed, the count neither.
+                is changed, the count neither; but where ``avg_fn`` returns something else than a tensor of the shape,
+                or a function of one's own raises, the averages before it are new.
         """
         if (self._calls + 1) % self.update_every:
             self._calls += 1

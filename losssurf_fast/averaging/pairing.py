@@ -9,7 +9,7 @@ from torch import nn
 
 from losssurf_fast.averaging import tensors
 from losssurf_fast.averaging.holder import require_weights
-from losssurf_fast.averaging.mesh import all_reduce_
+from losssurf_fast.averaging.mesh import require_finite
 
 
 class Pairing:
@@ -71,20 +71,10 @@ class Pairing:
     def lists(self) -> tuple[list[torch.Tensor], ...]:
         """(averages, values, copies, sources): what is averaged and what is copied; of shards what lies here."""
         found = (self._averages, self._values, self._copies, self._sources)
-        return tuple([_real(tensors.local(t)) for t in ts] for ts in found) if self._views else found
+        return tuple([tensors.real(tensors.local(t)) for t in ts] for ts in found) if self._views else found
 
     def refuse_nonfinite(self, caller: str) -> None:
-        """One flag for all values, and for all ranks that hold a part of them."""
-        values = self.lists()[1]
-        broken = _nonfinite(values)
-        meshes = {v.device_mesh for v in self._values if tensors.is_sharded(v)}
-        for mesh in sorted(meshes, key=lambda m: (m.size(), m.mesh.flatten().tolist())):  # in one order on every rank
-            broken = broken.to(mesh.device_type)
-            all_reduce_(broken, mesh)
-        if broken.item():
-            bad = [name for name, v in zip(self.names, values, strict=True) if not v.isfinite().all()]
-            where = tensors.some(bad) or "other ranks' shards"
-            raise ValueError(f"{caller}: the model's weights must be finite, got NaN or inf in {where}")
+        require_finite(caller, dict(zip(self.names, self._values, strict=True)))
 
 
 def by_device(averages: list[torch.Tensor], values: list[torch.Tensor]) -> list[tuple[list, list]]:
@@ -98,17 +88,3 @@ def by_device(averages: list[torch.Tensor], values: list[torch.Tensor]) -> list[
         ours.append(a)
         theirs.append(v.to(a.device))
     return [*groups.values()]
-
-
-def _real(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
-
-
-def _nonfinite(values: list[torch.Tensor]) -> torch.Tensor:
-    """0-d int32: 1 where a value is NaN or infinite. The largest magnitude tells, read in one pass."""
-    values = [v for v in values if v.numel()]
-    if not values:
-        return torch.zeros((), dtype=torch.int32)
-    largest = torch._foreach_norm(values, float("inf"))
-    largest = torch.stack([x.to(largest[0].device, torch.float64) for x in largest])
-    return largest.isfinite().all().logical_not().int()

@@ -20,7 +20,7 @@ Each says in ``collect_now`` whether the weights of the step just taken are to b
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -71,16 +71,37 @@ class SWAConstantLR(LRScheduler):
 class _CyclicLR(LRScheduler):
     """Rates between ``lr_1`` and ``lr_2`` by the place in a cycle alone; ``_share`` is that of ``lr_2``."""
 
-    def __init__(self, optimizer, cycle, lr_1, lr_2, last_epoch, multiple) -> None:
-        name = type(self).__name__
+    _multiple = 1  # of which a cycle must be one
+
+    def __init__(self, optimizer, cycle, lr_1, lr_2, last_epoch) -> None:
+        self._set(type(self).__name__, optimizer, cycle, lr_1, lr_2)
+        super().__init__(optimizer, last_epoch)
+
+    def _set(self, name, optimizer, cycle, lr_1, lr_2) -> None:
         lrs_1, lrs_2 = _rates(name, "lr_1", lr_1, optimizer), _rates(name, "lr_2", lr_2, optimizer)
         if any(low > high for high, low in zip(lrs_1, lrs_2, strict=True)):
             raise ValueError(f"{name}: lr_2 must be at most lr_1, got lr_1={lr_1} and lr_2={lr_2}")
         _whole(name, "cycle", cycle)
-        if cycle % multiple:
+        if cycle % self._multiple:
             raise ValueError(f"{name}: cycle must be even, got {cycle}")
         self.lrs_1, self.lrs_2, self.cycle = lrs_1, lrs_2, cycle
-        super().__init__(optimizer, last_epoch)
+
+    def load_state_dict(self, state_dict: Mapping) -> None:
+        """Take the rates, the cycle and the place in it from a ``state_dict()``; the optimizer restores its own rate.
+
+        Raises:
+            TypeError, ValueError: they are missing, or not as the constructor takes them. Nothing is changed.
+        """
+        name = f"{type(self).__name__}.load_state_dict"
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"{name}: state_dict must be a mapping, got {type(state_dict).__name__}")
+        missing = [key for key in ("lrs_1", "lrs_2", "cycle", "last_epoch") if key not in state_dict]
+        if missing:
+            raise ValueError(f"{name}: state_dict lacks {', '.join(missing)}")
+        _whole(name, "last_epoch", state_dict["last_epoch"], 0)
+        self._set(name, self.optimizer, state_dict["cycle"], state_dict["lrs_1"], state_dict["lrs_2"])
+        self.last_epoch = state_dict["last_epoch"]
+        self._step_count, self._last_lr = self.last_epoch + 1, self.get_lr()
 
     def get_lr(self) -> list:
         share = self._share()
@@ -111,7 +132,7 @@ class SWACyclicLR(_CyclicLR):
         *,
         last_epoch: int = -1,
     ) -> None:
-        super().__init__(optimizer, cycle, lr_1, lr_2, last_epoch, multiple=1)
+        super().__init__(optimizer, cycle, lr_1, lr_2, last_epoch)
 
     def _share(self) -> float:
         return (self.last_epoch % self.cycle + 1) / self.cycle
@@ -136,6 +157,8 @@ class FGETriangleLR(_CyclicLR):
         TypeError, ValueError: an argument is not as above. Nothing is changed.
     """
 
+    _multiple = 2
+
     def __init__(
         self,
         optimizer: Optimizer,
@@ -145,7 +168,7 @@ class FGETriangleLR(_CyclicLR):
         *,
         last_epoch: int = -1,
     ) -> None:
-        super().__init__(optimizer, cycle, lr_1, lr_2, last_epoch, multiple=2)
+        super().__init__(optimizer, cycle, lr_1, lr_2, last_epoch)
 
     def _share(self) -> float:
         t = self.last_epoch % self.cycle / self.cycle
@@ -172,6 +195,7 @@ def _rates(name: str, argument: str, value: float | Sequence[float], optimizer: 
     return [float(rate) for rate in rates]
 
 
-def _whole(name: str, argument: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}: {argument} must be a positive int, got {value!r}")
+def _whole(name: str, argument: str, value: int, least: int = 1) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        wanted = "a positive int" if least else "an int of at least 0"
+        raise ValueError(f"{name}: {argument} must be {wanted}, got {value!r}")

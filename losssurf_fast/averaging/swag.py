@@ -9,11 +9,11 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
-from torch.nn.parameter import is_lazy
 
 from losssurf_fast import ops
-from losssurf_fast.averaging import swag_convert, swag_density, swag_predict
-from losssurf_fast.averaging.mesh import broadcast_, mesh_of, nonfinite, part_of, zeros_beside
+from losssurf_fast.averaging import swag_convert, swag_density, swag_predict, swag_state
+from losssurf_fast.averaging.holder import require_weights
+from losssurf_fast.averaging.mesh import broadcast_, mesh_of, part_of, require_finite, zeros_beside
 from losssurf_fast.averaging.tensors import local, match, named_parameters, persistent_buffers, place_of, unwrap
 from losssurf_fast.ops.averaging import AVERAGING_DTYPES
 from losssurf_fast.ops.noise import as_seed
@@ -73,10 +73,9 @@ class SWAG(nn.Module):
         if deviations_dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise TypeError(f"SWAG: deviations_dtype must be float32, bfloat16 or float16, got {deviations_dtype}")
         parameters = named_parameters(model)
+        require_weights("SWAG", parameters)
         for name, p in parameters.items():
-            if is_lazy(p) or p.is_meta:
-                raise ValueError(f"SWAG: {name} must hold values; run a lazy model once, materialise one on meta")
-            if p.dtype not in AVERAGING_DTYPES:
+            if not p.is_floating_point():
                 raise TypeError(f"SWAG: {name} must have a floating dtype of {AVERAGING_DTYPES}, got {p.dtype}")
         self._mesh = mesh_of("SWAG", parameters.values())
         if self._mesh is not None and device is not None:
@@ -94,7 +93,7 @@ class SWAG(nn.Module):
                 self._deviations[name] = zeros_beside(p, (max_num_models,), narrow, device)
         buffers = persistent_buffers(model)
         self._collected_buffers = {n: b.detach().to(device or b.device, copy=True) for n, b in buffers.items()}
-        if len(self.state_dict()) != 1 + len(parameters) * (2 if no_cov_mat else 3) + len(buffers):
+        if len(swag_state.entries(self)) != 1 + len(parameters) * (2 if no_cov_mat else 3) + len(buffers):
             raise ValueError("SWAG: a buffer has the name of a parameter's moment (X_mean, X_m2 or X_deviations)")
         self._sharded = self._mesh is not None  # update_bn asks
         self.module = None if self._sharded else copy.deepcopy(unwrap(model)).to(device)
@@ -116,9 +115,9 @@ class SWAG(nn.Module):
         parameters = match("collect_model", self._mean, named_parameters(model))
         buffers = match("collect_model", self._collected_buffers, persistent_buffers(model))
         mean, m2, deviations = self._local_state()
-        values = [local(p).to(a.device) for p, a in zip(parameters, mean, strict=True)]
         if check_finite:
-            self._refuse_infinite(values)
+            require_finite("collect_model", dict(zip(self._mean, parameters, strict=True)))
+        values = [local(p).to(a.device) for p, a in zip(parameters, mean, strict=True)]
         ops.swag_collect_(mean, m2, deviations, values, self.n_models)
         self._copy_buffers(buffers)
         self.n_models += 1
@@ -279,51 +278,45 @@ class SWAG(nn.Module):
 
         For every parameter X: ``base.X_mean`` and ``base.X_m2`` (sum of squared deviations), and ``base.X_deviations``
         [K, *shape], where the deviation of model i (from 0) is row i mod K; for every buffer ``base.<its name>``; and
-        ``n_models``. Sharded tensors are DTensors, so torch.distributed.checkpoint saves on some ranks and loads on
-        others; a SWAG is one of its Stateful objects. :meth:`to_swa_gaussian` gives the published code's keys. The
-        arguments are those by which a module that holds a SWAG asks for its part.
+        ``n_models``. The draw in ``module`` is none of it. Sharded tensors are DTensors, so
+        torch.distributed.checkpoint saves on some ranks and loads on others; a SWAG is one of its Stateful objects.
+        Within another module the keys have their prefix there; the arguments are torch's. :meth:`to_swa_gaussian`
+        gives the published code's keys.
         """
-        state = {"n_models": torch.tensor(self.n_models)}
-        for name in self._mean:
-            state |= {f"base.{name}_mean": self._mean[name], f"base.{name}_m2": self._m2[name]}
-            if not self.no_cov_mat:
-                state[f"base.{name}_deviations"] = self._deviations[name]
-        state |= {f"base.{name}": b for name, b in self._collected_buffers.items()}
-        if destination is None:
-            return state
-        destination.update({prefix + key: t for key, t in state.items()})
-        return destination
+        state = super().state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
+        for key in [key for key in state if key.startswith(f"{prefix}module.")]:
+            del state[key]
+        return state
 
-    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
-        """As a part of another module; ``module``, whose draws are not saved, is told to load what it has."""
-        try:
-            self.load_state_dict({k.removeprefix(prefix): t for k, t in state_dict.items() if k.startswith(prefix)})
-        except (TypeError, ValueError) as error:
-            errors.append(str(error))
-        if self.module is not None:
-            state_dict.update(self.module.state_dict(prefix=f"{prefix}module."))
-
-    @torch.no_grad()
-    def load_state_dict(self, state_dict: Mapping[str, torch.Tensor]) -> None:
+    def load_state_dict(self, state_dict: Mapping[str, torch.Tensor], strict: bool = True, assign: bool = False):
         """Take over what :meth:`state_dict` gave for a model with the same names, shapes and placements.
+
+        Within another module, whose ``load_state_dict`` raises at the end, a SWAG that lacks a key or got a tensor that
+        is not like its own is left as it was.
+
+        Args:
+            strict: False ignores keys besides those of the state, and loads nothing where one is missing.
+            assign: as torch's; values are copied all the same.
+
+        Returns:
+            ``missing_keys`` and ``unexpected_keys``, as torch does.
 
         Raises:
             TypeError, ValueError: a key is missing or unexpected, or a tensor is not like the state's. Nothing is
                 changed.
         """
-        ours = self.state_dict()
-        swag_convert.check_entries(f"load_state_dict: state_dict (no_cov_mat={self.no_cov_mat})", ours, state_dict)
-        for key, value in state_dict.items():
-            if value.is_floating_point() != ours[key].is_floating_point():
-                raise TypeError(f"load_state_dict: {key} must be like {ours[key].dtype}, got {value.dtype}")
-        values = match("load_state_dict", ours, state_dict)
-        n_models = int(state_dict["n_models"])
-        if n_models < 0:
-            raise ValueError(f"load_state_dict: n_models must not be negative, got {n_models}")
-        for mine, value in zip(ours.values(), values, strict=True):
-            local(mine).copy_(local(value))
-        self._copy_buffers([state_dict[f"base.{name}"] for name in self._collected_buffers])
-        self.n_models, self._drawn = n_models, False
+        swag_state.check(self, state_dict, strict)
+        return super().load_state_dict(state_dict, strict, assign)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.update({prefix + key: value for key, value in swag_state.entries(self).items()})
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, errors):
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, False, missing_keys, unexpected_keys, errors)
+        swag_state.load(self, state_dict, prefix, missing_keys, unexpected_keys, errors)
+        if self.module is not None:  # is not saved, so that it loads itself
+            state_dict.update(self.module.state_dict(prefix=f"{prefix}module.", keep_vars=True))
 
     def to_swa_gaussian(self) -> dict[str, torch.Tensor]:
         """The state with the keys of wjmaddox/swa_gaussian's SWAG, whole on every rank, for its ``load_state_dict``.
@@ -378,11 +371,6 @@ class SWAG(nn.Module):
     def _refuse_empty(self, caller: str) -> None:
         if self.n_models == 0:
             raise RuntimeError(f"{caller}: nothing has been collected; call collect_model first")
-
-    def _refuse_infinite(self, values: list[torch.Tensor]) -> None:
-        names = [name for name, b in zip(self._mean, nonfinite(values, self._mesh), strict=True) if b]
-        if names:
-            raise ValueError(f"collect_model: weights must be finite, got NaN or infinity in {', '.join(names[:3])}")
 
     def _copy_buffers(self, values: list[torch.Tensor]) -> None:
         copies = {} if self.module is None else persistent_buffers(self.module)

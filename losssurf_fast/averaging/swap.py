@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from itertools import chain
 
 import torch
 from torch import nn
@@ -19,7 +20,8 @@ def averaged_weights(model: nn.Module, average) -> Iterator[nn.Module]:
     The values are copied in place: Parameters, their addresses and their gradients stay, so that sharded
     (``fully_shard``), compiled and captured models go on working; version counters go up. A copy of the model's tensors
     is kept meanwhile, of buffers too where the average has none: what the block changes (:func:`update_bn`, an
-    optimizer's step) is undone. Blocks can be nested.
+    optimizer's step) is undone, also in tensors that ``load_state_dict(assign=True)`` put in place of others. Tensors
+    that it removed or gave another shape are left alone. Blocks can be nested.
 
     Args:
         model: the live model, also in DistributedDataParallel or torch.compile.
@@ -31,24 +33,22 @@ def averaged_weights(model: nn.Module, average) -> Iterator[nn.Module]:
         ``model``.
 
     Raises:
-        TypeError: ``model`` or ``average`` is none of these.
+        TypeError: ``model`` or ``average`` is none of these, or kinds of dtypes (floating, complex, integer) differ.
         ValueError: names, shapes or placements differ. Nothing is changed.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"{_NAME}: model must be a torch.nn.Module, got {type(model).__name__}")
     averages = _averages_of(average)
     parameters, buffers = tensors.named_parameters(model), tensors.named_buffers(model)
-    averaged = parameters | buffers if any(name in averages for name in buffers) else parameters
-    live = tensors.match(_NAME, averages, averaged)
-    new = [tensors.local(t) for t in averages.values()]
-    touched = live if averaged is not parameters else [*live, *buffers.values()]
-    with torch.no_grad():
-        saved = [tensors.local(t).clone() for t in touched]
+    everything = parameters | buffers
+    tensors.match(_NAME, averages, everything if any(name in averages for name in buffers) else parameters)
+    copies = {id(t): tensors.local(t).detach().clone() for t in everything.values()}
+    saved = {name: copies[id(t)] for name, t in _all_names(model).items()}
     try:
-        _write(model, live, new)
+        _write(model, {name: tensors.local(t) for name, t in averages.items()})
         yield model
     finally:
-        _write(model, touched, saved)
+        _write(model, saved)
 
 
 def _averages_of(average) -> dict[str, torch.Tensor]:
@@ -60,10 +60,22 @@ def _averages_of(average) -> dict[str, torch.Tensor]:
     return dict(averages)
 
 
+def _all_names(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and buffers, tied ones under each of their names."""
+    tensors.named_parameters(model)  # reshards
+    model = tensors.unwrap(model)
+    named = chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
+    return {tensors.plain_name(name): t for name, t in named}
+
+
 @torch.no_grad()
-def _write(model: nn.Module, live: list[torch.Tensor], values: list[torch.Tensor]) -> None:
-    """Copy into ``live``, whose sharded parts are gathered anew by the next forward."""
-    tensors.named_parameters(model)
-    if live:
-        torch._foreach_copy_([tensors.local(t) for t in live], values)
+def _write(model: nn.Module, values: dict[str, torch.Tensor]) -> None:
+    """Copy into the model, whose sharded parts are gathered anew by the next forward."""
+    pairs = {}
+    for name, t in _all_names(model).items():
+        if name in values and tensors.local(t).shape == values[name].shape:
+            pairs[id(t)] = t, values[name]
+    if pairs:
+        live, new = zip(*pairs.values(), strict=True)
+        torch._foreach_copy_([tensors.local(t) for t in live], list(new))
         torch.autograd.graph.increment_version([t for t in live if not t.is_inference()])  # which have none

@@ -77,6 +77,7 @@ def match(caller: str, ours: Mapping[str, torch.Tensor], theirs: Mapping[str, to
 
     Raises:
         ValueError: the names, or the shapes or placements under a name, differ, or one of ``theirs`` has no values.
+        TypeError: one is floating, complex, integer or bool, and the other is not.
     """
     missing, unexpected = [n for n in ours if n not in theirs], [n for n in theirs if n not in ours]
     if missing or unexpected:
@@ -90,12 +91,18 @@ def match(caller: str, ours: Mapping[str, torch.Tensor], theirs: Mapping[str, to
             raise ValueError(f"{caller}: {name} must hold values, got {kind}")
         if mine.shape != other.shape:
             raise ValueError(f"{caller}: {name} must have shape {tuple(mine.shape)}, got {tuple(other.shape)}")
+        if _kind(mine.dtype) != _kind(other.dtype):
+            raise TypeError(f"{caller}: {name} must be like {mine.dtype}, got {other.dtype}")
         if isinstance(mine, DTensor) != isinstance(other, DTensor):
             kind = lambda t: "a DTensor" if isinstance(t, DTensor) else "a plain tensor"
             raise ValueError(f"{caller}: {name} must be {kind(mine)} like the average's, got {kind(other)}")
         if isinstance(mine, DTensor) and mine.placements != other.placements:
             raise ValueError(f"{caller}: {name} must be placed as {mine.placements}, got {other.placements}")
     return [theirs[name] for name in ours]
+
+
+def _kind(dtype: torch.dtype) -> tuple[bool, ...]:
+    return dtype.is_floating_point, dtype.is_complex, dtype == torch.bool
 
 
 def some(names: list[str]) -> str:
@@ -110,6 +117,11 @@ def is_sharded(tensor: torch.Tensor) -> bool:
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """What of a tensor lies on this rank, the same memory; read anew each time, FSDP2 may replace it."""
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+def real(tensor: torch.Tensor) -> torch.Tensor:
+    """A complex tensor as pairs of reals, the same memory."""
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 def like(tensor: torch.Tensor, here: torch.Tensor) -> torch.Tensor:

@@ -64,8 +64,23 @@ def _check_lists(name: str, averages, values, copies: int = 1) -> None:
             )
         if average.device != value.device:
             raise ValueError(f"{name}: averages[{i}] must be on the value's {value.device}, got {average.device}")
-        if torch._debug_has_internal_overlap(average) == 1:
-            raise ValueError(f"{name}: averages[{i}] must not be expanded, several of its elements are one in memory")
+    refuse_shared(name, averages=averages)
+
+
+def refuse_shared(name: str, **lists) -> None:
+    """Refuse a tensor that is expanded, or twice in the lists. (The C++ kernels see other shared memory, too.)"""
+    seen = {}
+    for label, tensors in lists.items():
+        for i, t in enumerate(tensors):
+            if t.numel() == 0:
+                continue
+            if torch._debug_has_internal_overlap(t) == 1:
+                raise ValueError(
+                    f"{name}: {label}[{i}] must not be expanded, several of its elements are one in memory"
+                )
+            if id(t) in seen:
+                raise ValueError(f"{name}: {seen[id(t)]} and {label}[{i}] must not share memory")
+            seen[id(t)] = f"{label}[{i}]"
 
 
 # ---- operators ------------------------------------------------------------------------------------------------------
@@ -118,8 +133,8 @@ def lerp_(averages: Sequence[torch.Tensor], values: Sequence[torch.Tensor], weig
     value. With ``weight = 1 / (n + 1)`` the average of n models takes in one more (SWA).
 
     Args:
-        averages: distinct tensors (float64, float32, bfloat16, float16), changed in place. None may require grad where
-            gradients are recorded.
+        averages: tensors (float64, float32, bfloat16, float16) that share no memory, changed in place. None may
+            require grad where gradients are recorded.
         values: as many tensors of the same shapes on the same devices, each of any of these dtypes.
         weight: a finite number; 1 copies the values.
 
@@ -143,7 +158,7 @@ def ema_(
     """``average = decay * average + (1 - decay) * value`` for every pair, in place and in one pass.
 
     Args:
-        averages: distinct tensors as in :func:`lerp_`; with D decays, D such lists, and the values are read once for
+        averages: tensors as in :func:`lerp_`; with D decays, D such lists, and the values are read once for
             all of them.
         values: tensors as in :func:`lerp_`.
         decay: a number in [0, 1], or a sequence of D of them.

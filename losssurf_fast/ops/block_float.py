@@ -7,7 +7,7 @@ bits, 2 to 16, and uniform u in [0, 1)::
     i     = floor(x 2^(W - 2 - e) + u), clamped to [-2^(W - 1), 2^(W - 1) - 1]        the mantissa
     value = i 2^(e - W + 2)
 
-so that E[value] = x wherever nothing is clamped, and a value that is representable stays what it is. Without stochastic
+so that E[value] = x wherever nothing is clamped, and a multiple of 2^(e - W + 2) stays what it is. Without stochastic
 rounding u = 1/2.
 
 Source: Yang et al., "SWALP: stochastic weight averaging in low-precision training", ICML 2019, section 3.

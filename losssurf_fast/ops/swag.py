@@ -31,10 +31,15 @@ from typing import NamedTuple
 import torch
 
 from losssurf_fast._library import define, explain_missing
-from losssurf_fast.ops.averaging import AVERAGING_DTYPES, NO_CUDA, as_tensors, call_in_place, refuse_leaves
+from losssurf_fast.ops.averaging import (
+    AVERAGING_DTYPES,
+    NO_CUDA,
+    as_tensors,
+    call_in_place,
+    refuse_leaves,
+    refuse_shared,
+)
 from losssurf_fast.ops.noise import MAX_COLUMNS, as_seed, check_stream, fma, philox_normal_reference
-
-DEVIATION_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class Place(NamedTuple):
@@ -110,7 +115,7 @@ def _sqrt(x):
 # ---- checks ---------------------------------------------------------------------------------------------------------
 
 
-def _check_state(name: str, mean, m2, deviations) -> None:
+def _check_state(name: str, mean, m2, deviations, out=()) -> None:
     if len(m2) != len(mean):
         raise ValueError(f"{name}: m2 must hold {len(mean)} tensors like mean, got {len(m2)}")
     if len(deviations) not in (0, len(mean)):
@@ -124,7 +129,7 @@ def _check_state(name: str, mean, m2, deviations) -> None:
         if not (a.is_contiguous() and b.is_contiguous()):
             raise ValueError(f"{name}: mean[{i}] and m2[{i}] must be contiguous")
     for i, slots in enumerate(deviations):
-        if slots.dtype not in DEVIATION_DTYPES or (slots.dtype == torch.float64) != (mean[i].dtype == torch.float64):
+        if slots.dtype not in AVERAGING_DTYPES or (slots.dtype == torch.float64) != (mean[i].dtype == torch.float64):
             wanted = "float64" if mean[i].dtype == torch.float64 else "float32, bfloat16 or float16"
             raise TypeError(
                 f"{name}: deviations[{i}] must be {wanted} beside a {mean[i].dtype} mean, got {slots.dtype}"
@@ -142,6 +147,7 @@ def _check_state(name: str, mean, m2, deviations) -> None:
             raise ValueError(f"{name}: deviations[{i}] must hold {wanted} columns like deviations[0], got {got}")
         if not slots.is_contiguous():
             raise ValueError(f"{name}: deviations[{i}] must be contiguous")
+    refuse_shared(name, out=out, mean=mean, m2=m2, deviations=deviations)
 
 
 def _check_collect(mean, m2, deviations, values, n) -> None:
@@ -161,7 +167,7 @@ def _check_collect(mean, m2, deviations, values, n) -> None:
 
 def _check_sample(out, mean, m2, deviations, n, num_samples, places) -> None:
     name = "swag_sample"
-    _check_state(name, mean, m2, deviations)
+    _check_state(name, mean, m2, deviations, out)
     if n < 1:
         raise ValueError(f"{name}: n must be at least 1, nothing has been collected, got {n}")
     if len(out) != len(mean) or len(places) != 4 * len(mean):
