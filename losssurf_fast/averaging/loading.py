@@ -51,7 +51,7 @@ def _wanted(value, mine: torch.Tensor) -> list[str]:
         wanted.append(f"have shape {tuple(mine.shape)}, got {tuple(value.shape)}")
     if value.is_meta and not mine.is_meta:
         wanted.append("hold values, got a tensor on the meta device")
-    if not (torch.can_cast(value.dtype, mine.dtype) and torch.can_cast(mine.dtype, value.dtype)):
+    if tensors.kind_of(value.dtype) != tensors.kind_of(mine.dtype):
         wanted.append(f"have a dtype like {mine.dtype}, got {value.dtype}")
     if tensors.is_sharded(value) != tensors.is_sharded(mine):
         wanted.append(f"{'' if tensors.is_sharded(mine) else 'not '}be a DTensor, got {type(value)}")

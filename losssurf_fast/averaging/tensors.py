@@ -91,7 +91,7 @@ def match(caller: str, ours: Mapping[str, torch.Tensor], theirs: Mapping[str, to
             raise ValueError(f"{caller}: {name} must hold values, got {kind}")
         if mine.shape != other.shape:
             raise ValueError(f"{caller}: {name} must have shape {tuple(mine.shape)}, got {tuple(other.shape)}")
-        if _kind(mine.dtype) != _kind(other.dtype):
+        if kind_of(mine.dtype) != kind_of(other.dtype):
             raise TypeError(f"{caller}: {name} must be like {mine.dtype}, got {other.dtype}")
         if isinstance(mine, DTensor) != isinstance(other, DTensor):
             kind = lambda t: "a DTensor" if isinstance(t, DTensor) else "a plain tensor"
@@ -101,7 +101,7 @@ def match(caller: str, ours: Mapping[str, torch.Tensor], theirs: Mapping[str, to
     return [theirs[name] for name in ours]
 
 
-def _kind(dtype: torch.dtype) -> tuple[bool, ...]:
+def kind_of(dtype: torch.dtype) -> tuple[bool, ...]:
     return dtype.is_floating_point, dtype.is_complex, dtype == torch.bool
 
 
