@@ -243,8 +243,8 @@ class AveragedModel(nn.Module):
 
     def _add(self, change: int, n: int) -> None:
         """Make the count n + change."""
-        self.n_averaged.add_(change)
-        self._count, self._counted = n + change, (self.n_averaged, self.n_averaged._version)
+        buffer = self.n_averaged.add_(change)
+        self._count, self._counted = n + change, (buffer, buffer._version)
 
     def _number(self) -> int:
         """n_averaged, without reading it from the device unless someone else has changed it."""
