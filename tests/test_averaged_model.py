@@ -230,6 +230,25 @@ def test_update_refuses_another_model_and_changes_nothing(case, warm):
     assert_states(averaged.state_dict(), before, exact=True)
 
 
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("weight", r"lerp_: .*shape \(1,\), got \(3,\)"),
+        ("running_var", r"running_var must have shape \(3,\), got \(1,\)"),
+    ],
+)
+def test_a_tensor_that_changed_its_shape_in_place_is_refused(name, message):
+    model = nn.BatchNorm1d(3)
+    averaged = lsf.AveragedModel(model)
+    averaged.update_parameters(model)
+    step(model)
+    before = copy.deepcopy(averaged.state_dict())
+    getattr(model, name).data = torch.ones(1)
+    with pytest.raises(ValueError, match=message):
+        averaged.update_parameters(model)
+    assert_states(averaged.state_dict(), before, exact=True)
+
+
 def test_update_wants_a_module():
     with pytest.raises(TypeError, match="update_parameters: model must be a torch.nn.Module, got dict"):
         lsf.AveragedModel(Net()).update_parameters({})

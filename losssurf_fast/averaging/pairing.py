@@ -48,6 +48,7 @@ class Pairing:
         self._seen = [*chain.from_iterable(map(dict.values, self._filled))]
         self._parents = [weakref.ref(m) for m in modules if m._modules]
         self._children = self._children_now()
+        self._sizes = self._numels()
 
     def _forget(self, _) -> None:
         self._empty, self._filled, self._seen = [], [], []
@@ -58,11 +59,14 @@ class Pairing:
         children = chain.from_iterable(p._modules.values() for p in parents if p is not None)
         return [weakref.ref(child) for child in children if child is not None]
 
+    def _numels(self) -> list[int]:
+        return [*map(torch.Tensor.numel, self._sources)]  # copies broadcast; averaging refuses another shape itself
+
     def holds(self, holder: nn.Module, model: nn.Module) -> bool:
         """Whether these lists are still those of ``holder`` and ``model``."""
         if self._holder is not holder or self._model() is not model:
             return False
-        if any(self._empty) or self._children != self._children_now():
+        if any(self._empty) or self._children != self._children_now() or self._sizes != self._numels():
             return False
         tensors.reshard(self._fsdp)
         now = [*chain.from_iterable(map(dict.values, self._filled))]
