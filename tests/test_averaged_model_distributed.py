@@ -1,7 +1,9 @@
 """AveragedModel and averaged_weights on two ranks, one spawn for all; what they saved is loaded here by one process."""
 
 import copy
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import swa_utils
 
@@ -109,6 +111,42 @@ def fsdp_updates(rank):
         assert_equal(whole(clone.state_dict()), whole(average.state_dict()))
 
 
+def fsdp_model_may_die(rank):
+    """An average that goes on living keeps neither the sharded model nor its shards."""
+    for forward in (False, True):
+        sharded = shard(network())
+        average = lsf.AveragedModel(sharded)
+        average.update_parameters(sharded)
+        if forward:
+            sharded(torch.ones(3, 4)).sum().backward()
+        gone = [weakref.ref(sharded), weakref.ref(named_parameters(sharded)["0.weight"])]
+        del sharded
+        gc.collect()
+        assert [g() for g in gone] == [None, None]
+
+
+def fsdp_shards_are_replaced(rank):
+    """Both give DTensors other local tensors, and loading with ``assign`` other DTensors as well."""
+    sharded, plain = (network()[:3] for _ in range(2))  # without tied weights, which loading with assign unties
+    fully_shard(sharded[0]), fully_shard(sharded)
+    average, expected = (lsf.AveragedModel(m, average="ema", decay=0.5) for m in (sharded, plain))
+    for seed in range(4):
+        if seed == 1:
+            sharded.to_empty(device="cpu")
+        if seed == 2:
+            sharded.load_state_dict({k: v.clone() for k, v in sharded.state_dict().items()}, assign=True)
+        if seed == 3:
+            average.load_state_dict({k: v.clone() for k, v in average.state_dict().items()}, assign=True)
+        for b in sharded.buffers():  # to_empty has taken their values
+            b.fill_(seed)
+        for b in plain.buffers():
+            b.fill_(seed)
+        for m, a in ((sharded, average), (plain, expected)):
+            train(m, seed)
+            a.update_parameters(m)
+        assert_equal(whole(average.state_dict()), expected.state_dict())
+
+
 def fsdp_half(rank):
     """bf16 shards, fp32 averages; fp32 shards that are gathered in bf16."""
     sharded, plain = shard(network().bfloat16()), network().bfloat16()
@@ -167,6 +205,10 @@ def refusals(rank):
         average.update_parameters(sharded)
     with pytest.raises(RuntimeError, match="module.0.weight must be a DTensor"):
         careful.load_state_dict(average.state_dict())
+    state = careful.state_dict()
+    state["module.0.weight"] = distribute_tensor(torch.ones(5, 4), state["module.0.weight"].device_mesh, [Replicate()])
+    with pytest.raises(RuntimeError, match=r"module.0.weight must be placed as \(.*Shard.*\), got \(.*Replicate"):
+        careful.load_state_dict(state)
     careful.update_parameters(sharded)
     before = copy.deepcopy(careful.state_dict())
     if rank == 0:
@@ -205,7 +247,16 @@ def checkpoints(rank, folder):
 
 
 def rank_main(rank, folder):
-    for check in (ddp, fsdp_updates, fsdp_half, fsdp_wrapped_layers, fsdp_int8, refusals):
+    for check in (
+        ddp,
+        fsdp_updates,
+        fsdp_model_may_die,
+        fsdp_shards_are_replaced,
+        fsdp_half,
+        fsdp_wrapped_layers,
+        fsdp_int8,
+        refusals,
+    ):
         check(rank)
     checkpoints(rank, folder)
 

@@ -76,6 +76,10 @@ def test_loading_as_a_part_of_another_module():
     source = nn.ModuleDict({"swa": swa_utils.AveragedModel(nn.DataParallel(Net())), "model": nn.Linear(2, 2)})
     outer.load_state_dict(source.state_dict())
     assert torch.equal(outer["swa"].module.first.weight, source["swa"].module.module.first.weight)
+    before = copy.deepcopy(outer["swa"].state_dict())
+    with pytest.raises(RuntimeError, match="AveragedModel.load_state_dict: n_averaged must not be negative, got -1"):
+        outer.load_state_dict({**source.state_dict(), "swa.n_averaged": torch.tensor(-1)})
+    assert_states(outer["swa"].state_dict(), before, exact=True)
 
 
 BAD_STATES = {
@@ -85,7 +89,16 @@ BAD_STATES = {
     "shape": (lambda s: s.update({"module.scale": torch.ones(2)}), r"module.scale must have shape \(\), got \(2,\)"),
     "type": (lambda s: s.update({"module.scale": 1.0}), "module.scale must be a tensor, got float"),
     "meta": (lambda s: s.update({"module.scale": torch.ones((), device="meta")}), "module.scale must hold values"),
-    "complex": (lambda s: s.update({"module.scale": torch.tensor(1j)}), "module.scale must be real, got torch.complex"),
+    "complex": (
+        lambda s: s.update({"module.scale": torch.tensor(1j)}),
+        "scale must have a dtype like torch.float32, got torch.com",
+    ),
+    "integer": (lambda s: s.update({"module.frozen": torch.arange(3)}), "like torch.float32, got torch.int64"),
+    "fraction": (
+        lambda s: s.update(n_averaged=torch.tensor(2.7)),
+        "n_averaged must have a dtype like torch.int64, got",
+    ),
+    "bool": (lambda s: s.update(n_averaged=torch.tensor(True)), "n_averaged must have a dtype like torch.int64, got"),
     "negative": (lambda s: s.update(n_averaged=torch.tensor(-1)), "n_averaged must not be negative, got -1"),
 }
 

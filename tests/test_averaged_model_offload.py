@@ -21,6 +21,9 @@ def test_offload(staged, kwargs, monkeypatch):
         lambda: averaged.state_dict(),
         lambda: averaged(torch.randn(4, 5, dtype=BF16)),
         lambda: list(averaged.parameters()),
+        lambda: list(averaged.children()),
+        lambda: dict(averaged.named_children()),
+        lambda: averaged.apply(lambda module: None),
         lambda: averaged.averages(),
         lambda: averaged.to("cpu"),
         lambda: copy.deepcopy(averaged),
@@ -44,6 +47,32 @@ def test_offload(staged, kwargs, monkeypatch):
     averaged.update_parameters(model)
     averaged.load_state_dict(expected.state_dict())
     assert_states(averaged.state_dict(), expected.state_dict(), exact=True)
+
+
+@pytest.mark.parametrize("staged", [False, True])
+def test_an_update_that_fails_is_not_counted(staged, monkeypatch):
+    def average(a, value, n):
+        if broken:
+            raise ZeroDivisionError
+        return a + (value - a) / (n + 1)
+
+    model, broken = Net(), False
+    averaged = lsf.AveragedModel(model, offload="cpu", avg_fn=average)
+    monkeypatch.setattr(offload, "leaves_device", lambda values: staged)
+    averaged.update_parameters(model)
+    before = copy.deepcopy(averaged.state_dict())
+    step(model)
+    broken = True
+    with pytest.raises(ZeroDivisionError):  # where it is staged, not before the average is used
+        averaged.update_parameters(model)
+        averaged.synchronize()
+    assert_states(averaged.state_dict(), before, exact=True)
+    broken = False
+    averaged.update_parameters(model)
+    expected = lsf.AveragedModel(model)
+    expected.load_state_dict(before)
+    expected.update_parameters(model)
+    assert_states(averaged.state_dict(), expected.state_dict())
 
 
 @pytest.mark.gpu

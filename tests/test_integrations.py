@@ -9,9 +9,10 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 import losssurf_fast as lsf
 from losssurf_fast.integrations import lightning as for_lightning
@@ -171,6 +172,33 @@ def test_lightning_resumes_with_the_same_average(tmp_path, every):
     assert_close(module.in_test[0], weights(tested.average.module))
 
 
+@pytest.fixture
+def one_rank(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+class ShardedModule(Module):
+    def configure_model(self):
+        fully_shard(self.net)
+
+
+SHARDED = "AveragingCallback: a sharded average is not written to checkpoints yet; use "
+
+
+def test_lightning_refuses_to_save_a_sharded_average(tmp_path, one_rank):
+    run = trainer(tmp_path, for_lightning.AveragingCallback(), enable_checkpointing=True)
+    with pytest.raises(NotImplementedError, match=SHARDED + "enable_checkpointing=False"):
+        run.fit(ShardedModule(), loader(), loader(4))
+    callback = for_lightning.AveragingCallback(recalibrate_bn=False)
+    run = trainer(tmp_path, callback)
+    run.fit(ShardedModule(), loader(), loader(4))
+    assert callback.average.n_averaged == 8
+    with pytest.raises(NotImplementedError, match=SHARDED + "enable_checkpointing=False"):
+        run.save_checkpoint(tmp_path / "by hand.ckpt")
+
+
 # ---- transformers ---------------------------------------------------------------------------------------------------
 
 
@@ -275,6 +303,15 @@ def test_transformers_resumes_with_the_same_average(tmp_path, every):
     file.write_bytes(file.read_bytes()[:-50])
     with pytest.raises(ValueError, match="AveragingCallback: .*weight_average.pt is damaged"):
         hf_trainer(tmp_path / "half", moved).train(resume_from_checkpoint=str(tmp_path / "moved"))
+
+
+def test_transformers_refuses_to_save_a_sharded_average(tmp_path, one_rank):
+    callback, model = for_transformers.AveragingCallback(), fully_shard(network())
+    begin = functools.partial(callback.on_train_begin, state=TrainerState(), control=TrainerControl(), model=model)
+    with pytest.raises(NotImplementedError, match=SHARDED + "save_strategy='no'"):
+        begin(TrainingArguments(output_dir=str(tmp_path), use_cpu=True, save_strategy="steps"))
+    begin(TrainingArguments(output_dir=str(tmp_path), use_cpu=True, save_strategy="no"))
+    assert callback.average.n_averaged == 0
 
 
 # ---- both -----------------------------------------------------------------------------------------------------------

@@ -58,7 +58,7 @@ def _copy(tensor: torch.Tensor, dtype: torch.dtype, device: torch.device | None,
 
 
 def _bare(module: nn.Module, copy_of: Callable, made: dict[nn.Module, nn.Module]) -> nn.Module:
-    module = tensors.unwrap(module)
+    module = tensors.unwrap_layer(module)
     if module in made:
         return made[module]
     bare = made[module] = nn.Module()
@@ -68,7 +68,5 @@ def _bare(module: nn.Module, copy_of: Callable, made: dict[nn.Module, nn.Module]
         persistent = name not in module._non_persistent_buffers_set
         bare.register_buffer(name, None if b is None else copy_of(b), persistent)
     for name, child in module._modules.items():
-        if child is not None:
-            child = child._modules.get("_checkpoint_wrapped_module", child)  # activation checkpointing's wrapper
         bare.add_module(name, None if child is None else _bare(child, copy_of, made))
     return bare

@@ -11,11 +11,11 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import nn
 
+from losssurf_fast.averaging import loading, tensors
 from losssurf_fast.averaging import offload as offloading
-from losssurf_fast.averaging import tensors
 from losssurf_fast.averaging.compressed import Compressed
 from losssurf_fast.averaging.holder import averaged_dtype, holder_of, require_weights
-from losssurf_fast.averaging.pairing import Pairing
+from losssurf_fast.averaging.pairing import Pairing, by_device
 from losssurf_fast.ops.averaging import AVERAGING_DTYPES
 
 _NAME = "AveragedModel"
@@ -105,6 +105,7 @@ class AveragedModel(nn.Module):
         self.register_buffer("n_averaged", torch.tensor(int(include_start), dtype=torch.long, device=device))
         self.avg_fn, self.multi_avg_fn, self.use_buffers = avg_fn, multi_avg_fn, use_buffers
         self.average, self.decay, self.ema_warmup = average, float(decay), ema_warmup
+        self.average_dtype = average_dtype
         self.update_every, self.offload, self.check_finite = update_every, offload, check_finite
         self._calls = 0
         self._count, self._counted = int(include_start), (self.n_averaged, self.n_averaged._version)
@@ -119,6 +120,9 @@ class AveragedModel(nn.Module):
 
     def forward(self, *args, **kwargs):
         """The averaged model's output.
+
+        Where averages are cast, backward through activation checkpointing within the model raises torch's error for
+        recomputed values of other dtypes: take both passes in the model, ``with averaged_weights(model, average)``.
 
         Raises:
             RuntimeError: the averages are sharded.
@@ -171,8 +175,7 @@ class AveragedModel(nn.Module):
         else:
             self._take(pairing, values, sources, n, self.n_averaged)
         self._calls += 1
-        self.n_averaged.add_(1)
-        self._count, self._counted = n + 1, (self.n_averaged, self.n_averaged._version)
+        self._add(1, n)
 
     @torch.no_grad()
     def synchronize(self) -> None:
@@ -191,16 +194,27 @@ class AveragedModel(nn.Module):
         """Load averages saved here or by torch's class.
 
         Raises:
-            RuntimeError: keys (if ``strict``), shapes or placements differ. Nothing is changed.
+            RuntimeError: keys (if ``strict``), shapes, placements or kinds of dtype differ, or n_averaged is no count.
+                Nothing is changed.
         """
         if not isinstance(state_dict, Mapping):
             raise TypeError(f"{_NAME}.load_state_dict: state_dict must be a mapping, got {type(state_dict).__name__}")
         loaded = OrderedDict(state_dict)
         if hasattr(state_dict, "_metadata"):
             loaded._metadata = state_dict._metadata
-        self._rename(loaded, "")
-        self._check_loaded(loaded, strict)
+        ours = self.state_dict()
+        loading.rename(loaded, ours, "")
+        loading.check(f"{_NAME}.load_state_dict", loaded, ours, strict)
         return super().load_state_dict(loaded, strict, assign)
+
+    def extra_repr(self) -> str:
+        shown = [f"average={self.average!r}"]
+        shown += [f"decay={self.decay}, ema_warmup={self.ema_warmup}"] if self.average == "ema" else []
+        given = {"average_dtype": None, "update_every": 1, "offload": None}
+        shown += [f"{k}={getattr(self, k)}" for k, default in given.items() if getattr(self, k) != default]
+        if self._counts() or self.n_averaged.device.type == "cpu":  # not for the price of waiting for the device
+            shown.append(f"n_averaged={self._number()}")
+        return ", ".join(shown)
 
     # ---- within ------------------------------------------------------------------------------------------------------
 
@@ -218,34 +232,44 @@ class AveragedModel(nn.Module):
 
     def _finish(self) -> None:
         if self._pending is not None:
-            (pairing, n), self._pending = self._pending, None
             self._staging.wait()
+            (pairing, n), self._pending = self._pending, None
             host, averaged = self._staging.host, len(pairing.names)
-            self._take(pairing, host[:averaged], host[averaged:], n, torch.tensor(n))
+            try:
+                self._take(pairing, host[:averaged], host[averaged:], n, torch.tensor(n))
+            except BaseException:  # most likely avg_fn's; the update is lost, as without offload
+                self._add(-1, n + 1)
+                raise
+
+    def _add(self, change: int, n: int) -> None:
+        """Make the count n + change."""
+        buffer = self.n_averaged.add_(change)
+        self._count, self._counted = n + change, (buffer, buffer._version)
 
     def _number(self) -> int:
         """n_averaged, without reading it from the device unless someone else has changed it."""
-        buffer = self.n_averaged
-        if self._counted is None or buffer is not self._counted[0] or buffer._version != self._counted[1]:
-            self._count = int(buffer)
+        if not self._counts():
+            self._count = int(self.n_averaged)
         return self._count
+
+    def _counts(self) -> bool:
+        """Whether the count on the host is that of ``n_averaged``."""
+        buffer = self.n_averaged
+        return self._counted is not None and buffer is self._counted[0] and buffer._version == self._counted[1]
 
     def _take(self, pairing: Pairing, values, sources, n: int, count: torch.Tensor) -> None:
         averages, _, copies, _ = pairing.lists()
-        if pairing.moves:
-            values = [v.to(a.device) for a, v in zip(averages, values, strict=True)]
         if self._compressed is None:
-            self._average(averages, values, n, count)
+            for ours, theirs in by_device(averages, values):
+                self._average(ours, theirs, n, count)
         else:  # one after the other, so that one alone is fp32
             for name, a, v in zip(pairing.names, averages, values, strict=True):
                 with self._compressed.open(name, a, n):
-                    self._average([a], [v], n, count)
+                    self._average([a], [v.to(a.device)], n, count)
         if copies:
             torch._foreach_copy_(copies, sources)
 
     def _average(self, averages, values, n: int, count: torch.Tensor) -> None:
-        if not averages:
-            return
         if n == 0:
             torch._foreach_copy_(averages, values)
         elif self.avg_fn is not None or self.multi_avg_fn is not None:
@@ -278,55 +302,23 @@ class AveragedModel(nn.Module):
         for (device, _), (ours, theirs) in groups.items():
             self.multi_avg_fn(ours, theirs, count.to(device))
 
-    def _rename(self, loaded: dict, prefix: str) -> None:
-        """Give the keys that wrappers of the averaged model have changed our names."""
-        ours = {tensors.plain_name(k): k for k in self.state_dict()}
-        keys = [k for k in loaded if k.startswith(f"{prefix}module.")]
-        plain = {k: tensors.plain_name(k.removeprefix(prefix)) for k in keys}
-        wrapped = lambda: all(p.startswith("module.module.") for p in plain.values())  # by DistributedDataParallel
-        while keys and wrapped() and not set(plain.values()) <= ours.keys():
-            plain = {k: p.removeprefix("module.") for k, p in plain.items()}
-        renamed = {k: prefix + ours.get(p, p) for k, p in plain.items()}
-        if len(set(renamed.values())) == len(renamed):
-            for k, value in [(k, loaded.pop(k)) for k in keys]:
-                loaded[renamed[k]] = value
-
-    def _check_loaded(self, loaded: dict, strict: bool) -> None:
-        ours = self.state_dict()
-        problems = []
-        if strict:
-            problems += [f"{k} is missing" for k in ours if k not in loaded]
-            problems += [f"{k} is not of this model" for k in loaded if k not in ours]
-        for k, mine in ours.items():
-            value = loaded.get(k)
-            if not isinstance(mine, torch.Tensor) or k not in loaded:
-                continue
-            if not isinstance(value, torch.Tensor):
-                problems.append(f"{k} must be a tensor, got {type(value).__name__}")
-            elif value.shape != mine.shape:
-                problems.append(f"{k} must have shape {tuple(mine.shape)}, got {tuple(value.shape)}")
-            elif value.is_meta and not mine.is_meta:
-                problems.append(f"{k} must hold values, got a tensor on the meta device")
-            elif value.is_complex() and not mine.is_complex():
-                problems.append(f"{k} must be real, got {value.dtype}")
-            elif k == "n_averaged" and int(value) < 0:
-                problems.append(f"n_averaged must not be negative, got {int(value)}")
-            elif tensors.is_sharded(mine) != tensors.is_sharded(value):
-                problems.append(f"{k} must {'' if tensors.is_sharded(mine) else 'not '}be a DTensor, got {type(value)}")
-        if problems:
-            more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-            raise RuntimeError(f"{_NAME}.load_state_dict: {'; '.join(problems[:5])}{more}")
-
     def _load_from_state_dict(self, state_dict, prefix, *args):
         self.synchronize()
         self._calls = 0
         if prefix:  # as a part of another module: load_state_dict has not seen the keys
-            self._rename(state_dict, prefix)
+            ours = self.state_dict()
+            loading.rename(state_dict, ours, prefix)
+            part = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
+            loading.check(f"{_NAME}.load_state_dict", part, ours, strict=False)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def state_dict(self, *args, **kwargs):
         self.synchronize()
         return super().state_dict(*args, **kwargs)
+
+    def named_children(self):
+        self.synchronize()
+        return super().named_children()
 
     def named_modules(self, *args, **kwargs):
         self.synchronize()

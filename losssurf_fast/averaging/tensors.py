@@ -1,11 +1,12 @@
 """A model's tensors as averages see them: by name, without wrappers, and on a shard only what lies there."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -14,7 +15,8 @@ from torch.nn.parameter import is_lazy
 
 from losssurf_fast.ops.swag import Place
 
-_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")  # of torch.compile and of activation checkpointing
+_CHECKPOINTED = "_checkpoint_wrapped_module"  # the child in activation checkpointing's wrapper
+_WRAPPERS = ("_orig_mod.", f"{_CHECKPOINTED}.")  # _orig_mod is torch.compile's
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -28,6 +30,13 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
+def unwrap_layer(layer: nn.Module) -> nn.Module:
+    """The layer inside these wrappers and that of activation checkpointing, in which a model may be sharded."""
+    while (inner := unwrap(layer)._modules.get(_CHECKPOINTED)) is not None:
+        layer = inner
+    return unwrap(layer)
+
+
 def plain_name(name: str) -> str:
     """A parameter's name without what wrappers inside the model put into it."""
     for wrapper in _WRAPPERS:
@@ -38,10 +47,18 @@ def plain_name(name: str) -> str:
 def named_parameters(model: nn.Module) -> dict[str, torch.Tensor]:
     """Parameters by plain name, tied ones once; under FSDP2 the sharded ones, also after an evaluation's forward."""
     model = unwrap(model)
-    for module in model.modules():
-        if hasattr(module, "unshard") and hasattr(module, "reshard"):  # fully_shard's
-            module.reshard()
+    reshard(fsdp_modules(model))
     return {plain_name(name): p for name, p in model.named_parameters()}
+
+
+def fsdp_modules(model: nn.Module) -> list[FSDPModule]:
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def reshard(modules: Iterable[FSDPModule]) -> None:
+    """Put the shards, which a forward may have left gathered, back in their place as parameters."""
+    for module in modules:
+        module.reshard()
 
 
 def named_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -74,7 +91,7 @@ def match(caller: str, ours: Mapping[str, torch.Tensor], theirs: Mapping[str, to
             raise ValueError(f"{caller}: {name} must hold values, got {kind}")
         if mine.shape != other.shape:
             raise ValueError(f"{caller}: {name} must have shape {tuple(mine.shape)}, got {tuple(other.shape)}")
-        if _kind(mine.dtype) != _kind(other.dtype):
+        if kind_of(mine.dtype) != kind_of(other.dtype):
             raise TypeError(f"{caller}: {name} must be like {mine.dtype}, got {other.dtype}")
         if isinstance(mine, DTensor) != isinstance(other, DTensor):
             kind = lambda t: "a DTensor" if isinstance(t, DTensor) else "a plain tensor"
@@ -84,7 +101,7 @@ def match(caller: str, ours: Mapping[str, torch.Tensor], theirs: Mapping[str, to
     return [theirs[name] for name in ours]
 
 
-def _kind(dtype: torch.dtype) -> tuple[bool, ...]:
+def kind_of(dtype: torch.dtype) -> tuple[bool, ...]:
     return dtype.is_floating_point, dtype.is_complex, dtype == torch.bool
 
 

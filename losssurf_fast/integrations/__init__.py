@@ -7,7 +7,7 @@ from torch import nn
 
 from losssurf_fast.averaging import AveragedModel
 from losssurf_fast.averaging.batch_norm import update_bn
-from losssurf_fast.averaging.tensors import match, named_buffers, named_parameters
+from losssurf_fast.averaging.tensors import is_sharded, match, named_buffers, named_parameters
 
 
 def check_arguments(name: str, make_average: Callable, every: str, start: int) -> None:
@@ -21,6 +21,14 @@ def check_arguments(name: str, make_average: Callable, every: str, start: int) -
         raise ValueError(f"{name}: every must be 'step' or 'epoch', got {every!r}")
     if isinstance(start, bool) or not isinstance(start, int) or start < 0:
         raise ValueError(f"{name}: start must be an int of at least 0, got {start!r}")
+
+
+def refuse_sharded(model: nn.Module, remedy: str) -> None:
+    """Refuse a model whose average would go to checkpoints: one rank's shard would be taken for the whole."""
+    if any(is_sharded(p) for p in named_parameters(model).values()):
+        raise NotImplementedError(
+            f"AveragingCallback: a sharded average is not written to checkpoints yet; use {remedy}"
+        )
 
 
 def make(name: str, make_average: Callable[[nn.Module], AveragedModel], model: nn.Module) -> AveragedModel:

@@ -15,7 +15,9 @@ except ImportError as error:
     ) from error
 
 from losssurf_fast.averaging import AveragedModel, averaged_weights
-from losssurf_fast.integrations import check_arguments, has_average, install_average, make
+from losssurf_fast.integrations import check_arguments, has_average, install_average, make, refuse_sharded
+
+_REMEDY = "enable_checkpointing=False"
 
 
 class AveragingCallback(Callback):
@@ -41,6 +43,7 @@ class AveragingCallback(Callback):
 
     Raises:
         TypeError, ValueError: an argument is not as above, or ``make_average`` makes something else.
+        NotImplementedError: ``fit`` writes checkpoints of a sharded module (ModelParallelStrategy).
     """
 
     def __init__(
@@ -70,6 +73,8 @@ class AveragingCallback(Callback):
             self._loaded = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.checkpoint_callbacks:
+            refuse_sharded(pl_module, _REMEDY)
         self._make(pl_module)
         self._last_step, self._in_module = trainer.global_step, False
 
@@ -106,6 +111,8 @@ class AveragingCallback(Callback):
         self._swap.close()
 
     def state_dict(self) -> dict:
+        if self.average is not None:  # Trainer.save_checkpoint asks whatever on_train_start has seen
+            refuse_sharded(self.average, _REMEDY)
         average = self._loaded if self.average is None else self.average.state_dict()
         return {"average": average, "in_module": self._in_module}
 

@@ -16,9 +16,8 @@ except ImportError as error:
     ) from error
 
 from losssurf_fast.averaging import AveragedModel, averaged_weights
-from losssurf_fast.averaging.tensors import is_sharded
 from losssurf_fast.files import load_state, save_state
-from losssurf_fast.integrations import check_arguments, has_average, install_average, make
+from losssurf_fast.integrations import check_arguments, has_average, install_average, make, refuse_sharded
 
 FILE = "weight_average.pt"  # in a checkpoint's folder
 
@@ -48,6 +47,7 @@ class AveragingCallback(TrainerCallback):
 
     Raises:
         TypeError, ValueError: an argument is not as above, or ``make_average`` makes something else.
+        NotImplementedError: ``train`` writes checkpoints of a sharded model.
     """
 
     def __init__(
@@ -69,10 +69,8 @@ class AveragingCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs
     ) -> None:
-        if any(is_sharded(p) for p in model.parameters()) and args.save_strategy != "no":
-            raise NotImplementedError(
-                "AveragingCallback: a sharded average is not written to checkpoints yet; use save_strategy='no'"
-            )
+        if args.save_strategy != "no":
+            refuse_sharded(model, "save_strategy='no'")
         average = make("AveragingCallback", self.make_average, model)
         if state.global_step > 0:
             average.load_state_dict(load_state("AveragingCallback", self._saved(args, state)))
