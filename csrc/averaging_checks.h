@@ -44,15 +44,17 @@ class Extents {
                         "] must not be expanded, several of its elements are one in memory");
       const bool dense = t.is_contiguous() || t.is_non_overlapping_and_dense();
       const auto begin = reinterpret_cast<uintptr_t>(t.const_data_ptr());
-      extents_.push_back({begin, begin + (dense ? t.numel() : 1) * t.element_size(), label, i});
+      extents_.push_back({begin, begin + (dense ? t.numel() : 1) * t.element_size(), label, i, extents_.size()});
     }
   }
   void check() {
     std::sort(extents_.begin(), extents_.end(), [](const Extent& a, const Extent& b) { return a.begin < b.begin; });
     for (size_t k = 1; k < extents_.size(); ++k) {
       const Extent &a = extents_[k - 1], &b = extents_[k];
-      TORCH_CHECK_VALUE(a.end <= b.begin, name_, ": ", a.label, "[", a.index, "] and ", b.label, "[", b.index,
-                        "] must not share memory");
+      const bool in_order = a.place < b.place;  // named as they were given, not as they lie in memory
+      const Extent &first = in_order ? a : b, &second = in_order ? b : a;
+      TORCH_CHECK_VALUE(a.end <= b.begin, name_, ": ", first.label, "[", first.index, "] and ", second.label, "[",
+                        second.index, "] must not share memory");
     }
   }
 
@@ -60,7 +62,7 @@ class Extents {
   struct Extent {
     uintptr_t begin, end;
     const char* label;
-    size_t index;
+    size_t index, place;
   };
   const char* name_;
   std::vector<Extent> extents_;

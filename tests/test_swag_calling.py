@@ -50,15 +50,9 @@ def test_swag_refuses_shared_memory():
     for call, message in (
         (lambda: ops.swag_collect_(mean, mean, deviations, values, 5), "must not share memory"),
         (lambda: ops.swag_collect_([mean[1][:4], mean[1]], m2, deviations, values, 5), "must not share memory"),
-        (
-            lambda: ops.swag_sample(mean, m2, deviations, 5, 1, out=mean),
-            r"out\[0\] and mean\[0\] must not share|and out",
-        ),
+        (lambda: draw(mean), r"out\[\d\] and mean\[\d\] must not share memory"),
         (lambda: draw([both[:4], both[3:]]), r"out\[0\] and out\[1\]"),
-        (
-            lambda: ops.swag_sample(mean, m2, deviations, 5, 1, out=[both[:1].expand(4), both[3:]]),
-            "must not be expanded",
-        ),
+        (lambda: draw([both[:1].expand(4), both[3:]]), "must not be expanded"),
     ):
         with pytest.raises(ValueError, match=message):
             call()
