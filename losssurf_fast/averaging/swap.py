@@ -27,7 +27,7 @@ def averaged_weights(model: nn.Module, average) -> Iterator[nn.Module]:
         model: the live model, also in DistributedDataParallel or torch.compile.
         average: a :class:`losssurf_fast.AveragedModel`, torch's, or an object whose ``averages()`` returns a dict of
             tensors by the model's names: all of its parameters and either all of its buffers or none. They are cast to
-            the model's dtypes.
+            the model's dtypes. Before its first update an AveragedModel has the weights of its construction.
 
     Yields:
         ``model``.

@@ -37,7 +37,8 @@ class AveragingCallback(TrainerCallback):
             any other than the equal average of SWA.
         every: "step" or "epoch".
         start: how many optimizer steps, or epochs, pass before the first that is averaged.
-        copy_at_end: leave the average in the model when training ends.
+        copy_at_end: leave the average in the model when training ends, also in place of the best checkpoint that
+            ``load_best_model_at_end`` loads.
         recalibrate_bn: then run the training data through the model for its BatchNorm layers (``lsf.update_bn``).
         resume_from: the folder with the average to go on with; needed only where a run resumes from a folder that is
             neither ``args.resume_from_checkpoint`` nor ``<output_dir>/checkpoint-<step>``.
