@@ -72,15 +72,15 @@ def _operator(shapes, dtype, eager, ours, copies=None):
     return setup
 
 
-def _model(shapes, dtype):
-    """The update of a model by each class; torch's averages have the model's dtype, ours are fp32."""
+def _model(shapes, dtype, average_dtype=None):
+    """The update of a model by each class; torch's averages have the model's dtype, ours are fp32 or of 8 bits."""
 
     def setup(device: torch.device) -> Setup:
         model = Weights(shapes, dtype, device)
         default, multi = swa_utils.AveragedModel(model), swa_utils.AveragedModel(
             model, multi_avg_fn=swa_utils.get_swa_multi_avg_fn()
         )  # fmt: skip
-        ours = AveragedModel(model)
+        ours = AveragedModel(model, average_dtype=average_dtype)
         for averaged in (default, multi, ours):
             averaged.update_parameters(model)
         averages = [p.detach() for p in ours.module.parameters()]
@@ -141,4 +141,13 @@ def cases(tiny: bool = False) -> list[Case]:
         bytes=(3 * 8 + 4) * numel(small),
         flops=6 * numel(small),
     )
-    return [*result, three]
+    eight_bits = Case(
+        op="AveragedModel",
+        variant=f"int8, {len(small)} tensors",
+        shape=(numel(small),),
+        mode="forward",
+        setup=_model(small, "fp32", torch.int8),
+        bytes=6 * numel(small),
+        flops=0,
+    )
+    return [*result, three, eight_bits]
