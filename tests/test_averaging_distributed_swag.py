@@ -200,9 +200,26 @@ def update_bn_ranks(rank):
         swag.predict(data, 3, bn_loader=halves[rank].split(9))
 
 
+def failing_ranks(rank):
+    """What one rank cannot do is raised on both, which go on together."""
+    x, model = torch.randn(8, 3), Net()
+    fge = lsf.FGE(model)
+    for _ in range(2):
+        fge.collect_model()
+
+    def fails(error, message, call):
+        error, message = (error, message) if rank else (RuntimeError, "1 other ranks failed")
+        with pytest.raises(error, match=message):
+            call()
+
+    fails(RuntimeError, "must match", lambda: fge.predict(x[:, : 3 - rank], bn_loader=[x]))
+    assert fge.predict(x, bn_loader=[x]).shape == (8, 4)
+
+
 def ranks(rank, folder):
     swag_ranks(rank, folder)
     update_bn_ranks(rank)
+    failing_ranks(rank)
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

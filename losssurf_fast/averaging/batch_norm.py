@@ -11,7 +11,8 @@ import contextlib
 import copy
 import itertools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -224,6 +225,20 @@ def agree(caller: str, error: Exception | None, device: torch.device, group, *co
     if failed:
         raise RuntimeError(f"{caller}: {failed} other ranks failed")
     return sums
+
+
+def jointly(caller: str, compute: Callable[[], Any], device: torch.device, group) -> Any:
+    """What ``compute`` returns on this rank; where it fails on one of the ranks, all raise."""
+    result, error = None, None
+    try:
+        result = compute()
+    except Exception as e:  # raised below, once the other ranks know
+        error = e
+    if spread_over_ranks(group):
+        agree(caller, error, device, group)
+    elif error is not None:
+        raise error
+    return result
 
 
 def call_on_batch(caller: str, model: nn.Module, batch, device, forward_kwargs: Mapping | None):
