@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,19 @@ import torch
 
 
 def write_atomically(path: str | os.PathLike, write: Callable[[str], None]) -> None:
-    """Let ``write`` fill a temporary file beside ``path``, then rename it; a failure leaves an older file as it was."""
+    """Let ``write`` fill a temporary file beside ``path``, then rename it; a failure leaves an older file as it was.
+
+    The file has the rights of the older one, without one those of any new file.
+    """
     path = Path(path)
+    rights = stat.S_IMODE(path.stat().st_mode) if path.exists() else None
     temporary = str(path.with_name(f"{secrets.token_hex(8)}{path.suffix}"))
-    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))  # less the umask, as open() does
+    mode = 0o666 if rights is None else rights | stat.S_IWUSR  # less the umask, as open() does
+    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode))
     try:
         write(temporary)
+        if rights is not None:
+            os.chmod(temporary, rights)
         os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)

@@ -219,3 +219,21 @@ def test_bad_arguments():
         lsf.averaged_weights(nn.Linear(1, 1), nn.Linear(1, 1)),
     ):
         pass
+
+
+@pytest.mark.parametrize("make", [lsf.SWAG, lsf.AveragedModel, lsf.FGE])
+def test_expanded_buffers_are_written_and_restored(make):
+    """They hold each value once, and torch refuses to copy into them; a BatchNorm's statistics come after them."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    model[0].register_buffer("positions", torch.arange(4.0).expand(3, 4), persistent=False)
+    average, x, before = make(model), torch.randn(6, 3), {n: b.clone() for n, b in model.named_buffers()}
+    getattr(average, "collect_model", getattr(average, "update_parameters", None))(model)
+    if isinstance(average, lsf.FGE):
+        average.predict(x, bn_loader=[x])
+    else:
+        with lsf.averaged_weights(model, average):
+            lsf.update_bn([x], model)
+            model[0].positions[0, 0] = 7.0
+            assert not model[1].running_mean.equal(before["1.running_mean"])
+    assert all(b.equal(before[n]) for n, b in model.named_buffers())
+    assert model[0].positions.stride(0) == 0

@@ -200,9 +200,33 @@ def update_bn_ranks(rank):
         swag.predict(data, 3, bn_loader=halves[rank].split(9))
 
 
+def failing_ranks(rank):
+    """What one rank cannot do is raised on both, which go on together."""
+    x, model = torch.randn(8, 3), Net()
+    fge = lsf.FGE(model)
+    for _ in range(2):
+        fge.collect_model()
+
+    def fails(error, message, call):
+        error, message = (error, message) if rank else (RuntimeError, "1 other ranks failed")
+        with pytest.raises(error, match=message):
+            call()
+
+    swag, once = lsf.SWAG(model), iter([x])  # which has no length
+    swag.collect_model(model)
+    fails(TypeError, "needs a loader with a length", lambda: lsf.update_bn(once if rank else [x], model, subset=0.5))
+    fails(ValueError, "bn_loader is read once", lambda: swag.predict(x, 2, bn_loader=once if rank else [x]))
+    fails(ValueError, "num_samples must be", lambda: swag.predict(x, 2 - 2 * rank, bn_loader=[x]))
+    fails(ValueError, "scale must be", lambda: swag.predict(x, 2, scale=-1.0 * rank, bn_loader=[x]))
+    assert swag.predict(x, 2, bn_loader=[x]).shape == (8, 4)
+    fails(RuntimeError, "must match", lambda: fge.predict(x[:, : 3 - rank], bn_loader=[x]))
+    assert fge.predict(x, bn_loader=[x]).shape == (8, 4)
+
+
 def ranks(rank, folder):
     swag_ranks(rank, folder)
     update_bn_ranks(rank)
+    failing_ranks(rank)
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

@@ -140,6 +140,18 @@ def test_files_have_the_rights_of_other_new_files(umask, mode, tmp_path):
     assert stat.S_IMODE((tmp_path / "fge.pt").stat().st_mode) == mode
 
 
+@pytest.mark.parametrize("mode", [0o600, 0o664, 0o444])
+def test_a_file_that_is_written_over_keeps_its_rights(mode, tmp_path):
+    fge, path = trained(batches=4)[2], tmp_path / "fge.pt"
+    fge.save(path)
+    path.chmod(mode)
+    fge.collect_model()
+    fge.save(path)
+    assert stat.S_IMODE(path.stat().st_mode) == mode
+    fge.load(path)
+    assert len(fge.members) == 2
+
+
 def test_tied_weights_other_model_and_half_precision():
     class Tied(nn.Module):
         def __init__(self):

@@ -318,6 +318,24 @@ def test_transformers_refuses_to_save_a_sharded_average(tmp_path, one_rank):
 
 
 @pytest.mark.parametrize("module", [for_lightning, for_transformers])
+def test_recalibration_that_fails_leaves_an_average_that_is_known_as_such(module, tmp_path, monkeypatch):
+    def fails(*args):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(module, "update_bn", fails)
+    callback, model = module.AveragingCallback(), Module()
+    with pytest.raises(ZeroDivisionError):
+        if module is for_lightning:
+            trainer(tmp_path, callback).fit(model, loader())
+        else:
+            run = hf_trainer(tmp_path, callback)
+            model = run.model
+            run.train()
+    assert_close(weights(model), weights(callback.average.module))
+    assert callback._in_module if module is for_lightning else callback._in_model
+
+
+@pytest.mark.parametrize("module", [for_lightning, for_transformers])
 def test_bad_arguments(module):
     with pytest.raises(ValueError, match="AveragingCallback: every must be 'step' or 'epoch', got 'day'"):
         module.AveragingCallback(every="day")

@@ -149,3 +149,26 @@ def test_cyclic_bad_arguments(kind):
     assert sgd.param_groups[0]["lr"] == 1.0
     with pytest.raises(ValueError, match="FGETriangleLR: cycle must be even, got 3"):
         lsf.FGETriangleLR(sgd, 3)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"last_epoch": "x"}, ValueError, "last_epoch must be an int of at least 0, got 'x'"),
+        ({"swa_start": 0}, ValueError, "swa_start must be a positive int, got 0"),
+        ({"collect_every": None}, ValueError, "collect_every must be a positive int, got None"),
+        ({"swa_lrs": [0.1]}, ValueError, "swa_lr must be one number or 2"),
+        ({"base_lrs": [1.0]}, ValueError, "base_lrs must be a list of 2 rates"),
+        ({"base_lrs": [1.0, "x"]}, TypeError, "base_lrs must be numbers, got str"),
+    ],
+)
+def test_swa_constant_lr_refuses_states(change, error, message):
+    schedule = lsf.SWAConstantLR(optimizer(1.0, 2.0), 0.1, 10)
+    before = schedule.state_dict().copy()
+    with pytest.raises(error, match=f"SWAConstantLR.load_state_dict: {message}"):
+        schedule.load_state_dict(before | {"last_epoch": 4, "swa_start": 3} | change)
+    with pytest.raises(ValueError, match="state_dict lacks base_lrs"):
+        schedule.load_state_dict({key: value for key, value in before.items() if key != "base_lrs"})
+    with pytest.raises(TypeError, match="must be a mapping, got list"):
+        schedule.load_state_dict([])
+    assert schedule.state_dict() == before

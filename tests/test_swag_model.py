@@ -245,3 +245,15 @@ def test_swag_of_a_model_without_parameters():
     swag = lsf.SWAG(nn.ReLU())
     swag.collect_model(nn.ReLU())
     assert swag.sample() == {} and swag.log_prob() == 0
+
+
+def test_swag_takes_expanded_buffers():
+    model = Net()
+    model.register_buffer("positions", torch.arange(4.0).expand(3, 4))
+    swag, other = lsf.SWAG(model), lsf.SWAG(model)
+    model.positions[0, 1] = 7.0
+    walk(model, 2, swag)
+    other.load_state_dict(swag.state_dict())
+    for s in (swag, other):
+        assert s.n_models == 2 and s.state_dict()["base.positions"].equal(model.positions)
+        assert s.module.positions.equal(model.positions) and s.module.positions.stride(0) == 0

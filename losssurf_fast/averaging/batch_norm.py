@@ -11,7 +11,8 @@ import contextlib
 import copy
 import itertools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -67,16 +68,15 @@ def update_bn(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"update_bn: model must be a torch.nn.Module, got {type(model).__name__}")
-    if forward_kwargs is not None and not isinstance(forward_kwargs, Mapping):
-        raise TypeError(f"update_bn: forward_kwargs must be a mapping, got {type(forward_kwargs).__name__}")
-    limit = _num_batches(loader, subset)
     layers = tracking_layers(model)
     if not layers:
+        _num_batches(loader, subset, forward_kwargs)
         _refuse_sharded_average(unwrap(model))
         return
     statistics = {layer: _Statistics() for layer in layers.values()}
     batches, error = 0, None
     try:
+        limit = _num_batches(loader, subset, forward_kwargs)
         if not isinstance(loader, Iterable):
             raise TypeError(f"update_bn: loader must be an iterable of batches, got {type(loader).__name__}")
         with _batch_statistics(layers, statistics, model):
@@ -226,6 +226,20 @@ def agree(caller: str, error: Exception | None, device: torch.device, group, *co
     return sums
 
 
+def jointly(caller: str, compute: Callable[[], Any], device: torch.device, group) -> Any:
+    """What ``compute`` returns on this rank; where it fails on one of the ranks, all raise."""
+    result, error = None, None
+    try:
+        result = compute()
+    except Exception as e:  # raised below, once the other ranks know
+        error = e
+    if spread_over_ranks(group):
+        agree(caller, error, device, group)
+    elif error is not None:
+        raise error
+    return result
+
+
 def call_on_batch(caller: str, model: nn.Module, batch, device, forward_kwargs: Mapping | None):
     """The output of ``model`` for what a loader yields: a tensor, (input, ...) or a dict of keyword arguments."""
     if isinstance(batch, tuple | list):
@@ -258,7 +272,10 @@ def _to(value, device):
     return value
 
 
-def _num_batches(loader: Iterable, subset: float | int | None) -> int | None:
+def _num_batches(loader: Iterable, subset: float | int | None, forward_kwargs: Mapping | None) -> int | None:
+    """How many batches to read, None for all; refuses what is no such argument of :func:`update_bn`."""
+    if forward_kwargs is not None and not isinstance(forward_kwargs, Mapping):
+        raise TypeError(f"update_bn: forward_kwargs must be a mapping, got {type(forward_kwargs).__name__}")
     if subset is None:
         return None
     if isinstance(subset, bool) or not isinstance(subset, int | float):

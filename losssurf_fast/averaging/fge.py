@@ -1,5 +1,6 @@
 """Fast geometric ensembling: networks on the way from minimum to minimum, and the mean of their predictions."""
 
+import functools
 import os
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -7,7 +8,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from losssurf_fast.averaging.batch_norm import update_bn
+from losssurf_fast.averaging.batch_norm import jointly, tracking_layers, update_bn
 from losssurf_fast.averaging.schedules import FGETriangleLR
 from losssurf_fast.averaging.swap import averaged_weights
 from losssurf_fast.averaging.tensors import is_sharded, match, named_buffers, named_parameters
@@ -108,15 +109,18 @@ class FGE:
                 place of those it trained with. For many x call ``update_bn`` once.
 
         Raises:
-            RuntimeError: there are no members.
+            RuntimeError: there are no members, or another rank failed (``bn_loader`` is read as ``update_bn`` does).
         """
         self._require_members("FGE.predict")
+        layers = {} if bn_loader is None else tracking_layers(self.model)
+        device, group = (next(iter(layers.values())).running_mean.device, None) if layers else (None, False)
         total = 0
         for member in self._members:
             with averaged_weights(self.model, member):
                 if bn_loader is not None:
                     update_bn(bn_loader, self.model)
-                total = total + predict(self.model, x, scheme="deterministic")
+                infer = functools.partial(predict, self.model, x, scheme="deterministic")
+                total = total + jointly("FGE.predict", infer, device, group)
         return total / len(self._members)
 
     def update_bn(self, loader: Iterable, *, subset: float | int | None = None) -> None:

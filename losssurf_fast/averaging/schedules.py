@@ -22,11 +22,35 @@ Each says in ``collect_now`` whether the weights of the step just taken are to b
 import math
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 
-class SWAConstantLR(LRScheduler):
+class _Resumable(LRScheduler):
+    """Checks a state before it takes it, by ``_load``; ``_keys`` are those it must have besides the epoch."""
+
+    _keys: tuple[str, ...]
+
+    def load_state_dict(self, state_dict: Mapping) -> None:
+        """Take the rates and the place among them from a ``state_dict()``; the optimizer restores its own rate.
+
+        Raises:
+            TypeError, ValueError: they are missing, or not as the constructor takes them. Nothing is changed.
+        """
+        name = f"{type(self).__name__}.load_state_dict"
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"{name}: state_dict must be a mapping, got {type(state_dict).__name__}")
+        missing = [key for key in (*self._keys, "last_epoch") if key not in state_dict]
+        if missing:
+            raise ValueError(f"{name}: state_dict lacks {', '.join(missing)}")
+        _whole(name, "last_epoch", state_dict["last_epoch"], 0)
+        self._load(name, state_dict)
+        self.last_epoch = state_dict["last_epoch"]
+        self._step_count, self._last_lr = self.last_epoch + 1, self.get_lr()
+
+
+class SWAConstantLR(_Resumable):
     """The optimizer's rate for half of ``swa_start`` steps, then linearly to ``swa_lr`` at 90 %, where it stays.
 
     ``collect_now`` holds after the last of the first ``swa_start`` steps and after every ``collect_every``-th from
@@ -43,6 +67,8 @@ class SWAConstantLR(LRScheduler):
         TypeError, ValueError: an argument is not as above. Nothing is changed.
     """
 
+    _keys = ("swa_lrs", "swa_start", "collect_every", "base_lrs")
+
     def __init__(
         self,
         optimizer: Optimizer,
@@ -52,11 +78,24 @@ class SWAConstantLR(LRScheduler):
         collect_every: int = 1,
         last_epoch: int = -1,
     ) -> None:
-        swa_lrs = _rates("SWAConstantLR", "swa_lr", swa_lr, optimizer)
-        _whole("SWAConstantLR", "swa_start", swa_start)
-        _whole("SWAConstantLR", "collect_every", collect_every)
-        self.swa_lrs, self.swa_start, self.collect_every = swa_lrs, swa_start, collect_every
+        self._set("SWAConstantLR", optimizer, swa_lr, swa_start, collect_every)
         super().__init__(optimizer, last_epoch)
+
+    def _set(self, name, optimizer, swa_lr, swa_start, collect_every) -> None:
+        swa_lrs = _rates(name, "swa_lr", swa_lr, optimizer)
+        _whole(name, "swa_start", swa_start)
+        _whole(name, "collect_every", collect_every)
+        self.swa_lrs, self.swa_start, self.collect_every = swa_lrs, swa_start, collect_every
+
+    def _load(self, name, state) -> None:
+        base_lrs, groups = state["base_lrs"], len(self.base_lrs)
+        if not isinstance(base_lrs, list | tuple) or len(base_lrs) != groups:
+            raise ValueError(f"{name}: base_lrs must be a list of {groups} rates, got {base_lrs!r}")
+        for rate in base_lrs:
+            if isinstance(rate, bool) or not isinstance(rate, int | float | torch.Tensor):
+                raise TypeError(f"{name}: base_lrs must be numbers, got {type(rate).__name__}")
+        self._set(name, self.optimizer, state["swa_lrs"], state["swa_start"], state["collect_every"])
+        self.base_lrs = list(base_lrs)
 
     def get_lr(self) -> list:
         share = min(max((self.last_epoch / self.swa_start - 0.5) / 0.4, 0.0), 1.0)
@@ -68,9 +107,10 @@ class SWAConstantLR(LRScheduler):
         return past >= 0 and past % self.collect_every == 0
 
 
-class _CyclicLR(LRScheduler):
+class _CyclicLR(_Resumable):
     """Rates between ``lr_1`` and ``lr_2`` by the place in a cycle alone; ``_share`` is that of ``lr_2``."""
 
+    _keys = ("lrs_1", "lrs_2", "cycle")
     _multiple = 1  # of which a cycle must be one
 
     def __init__(self, optimizer, cycle, lr_1, lr_2, last_epoch) -> None:
@@ -86,22 +126,8 @@ class _CyclicLR(LRScheduler):
             raise ValueError(f"{name}: cycle must be even, got {cycle}")
         self.lrs_1, self.lrs_2, self.cycle = lrs_1, lrs_2, cycle
 
-    def load_state_dict(self, state_dict: Mapping) -> None:
-        """Take the rates, the cycle and the place in it from a ``state_dict()``; the optimizer restores its own rate.
-
-        Raises:
-            TypeError, ValueError: they are missing, or not as the constructor takes them. Nothing is changed.
-        """
-        name = f"{type(self).__name__}.load_state_dict"
-        if not isinstance(state_dict, Mapping):
-            raise TypeError(f"{name}: state_dict must be a mapping, got {type(state_dict).__name__}")
-        missing = [key for key in ("lrs_1", "lrs_2", "cycle", "last_epoch") if key not in state_dict]
-        if missing:
-            raise ValueError(f"{name}: state_dict lacks {', '.join(missing)}")
-        _whole(name, "last_epoch", state_dict["last_epoch"], 0)
-        self._set(name, self.optimizer, state_dict["cycle"], state_dict["lrs_1"], state_dict["lrs_2"])
-        self.last_epoch = state_dict["last_epoch"]
-        self._step_count, self._last_lr = self.last_epoch + 1, self.get_lr()
+    def _load(self, name, state) -> None:
+        self._set(name, self.optimizer, state["cycle"], state["lrs_1"], state["lrs_2"])
 
     def get_lr(self) -> list:
         share = self._share()

@@ -22,6 +22,7 @@ from losssurf_fast.averaging.tensors import (
     persistent_buffers,
     place_of,
     unwrap,
+    without_repeats,
 )  # fmt: skip
 from losssurf_fast.ops.averaging import AVERAGING_DTYPES
 from losssurf_fast.ops.noise import as_seed
@@ -126,8 +127,8 @@ class SWAG(nn.Module):
         if check_finite:
             require_finite("collect_model", dict(zip(self._mean, parameters, strict=True)))
         values = [local(p).to(a.device) for p, a in zip(parameters, mean, strict=True)]
-        ops.swag_collect_(mean, m2, deviations, values, self.n_models)
         self._copy_buffers(buffers)
+        ops.swag_collect_(mean, m2, deviations, values, self.n_models)
         self.n_models += 1
 
     @torch.no_grad()
@@ -387,7 +388,8 @@ class SWAG(nn.Module):
         for (name, ours), value in zip(self._collected_buffers.items(), values, strict=True):
             local(ours).copy_(local(value))
             if name in copies:
-                copies[name].copy_(value)
+                target, source = without_repeats(copies[name], value)
+                target.copy_(source)
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)

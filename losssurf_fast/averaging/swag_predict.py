@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader, RandomSampler
 
-from losssurf_fast.averaging.batch_norm import agree, call_on_batch, spread_over_ranks, tracking_layers, update_bn
+from losssurf_fast.averaging.batch_norm import call_on_batch, jointly, spread_over_ranks, tracking_layers, update_bn
 from losssurf_fast.ops.noise import as_seed
 from losssurf_fast.prediction import evaluation_mode, log_softmax
 
@@ -20,45 +20,48 @@ def predict(
     model = swag.module
     if model is None:
         raise RuntimeError("predict: a sharded model is not copied; call sample(into=model), update_bn and that model")
-    swag._refuse_empty("predict")
+    recalibrated = recalibrate and bool(tracking_layers(model))
+    group = process_group if recalibrated else False  # whose ranks update_bn needs all
+    averages = list(swag._mean.values())
+    device_here = averages[0].device if averages else torch.device("cpu")
+    batches = [data] if isinstance(data, torch.Tensor | Mapping) else data
+
+    def seed_of_arguments() -> torch.Tensor:
+        swag._refuse_empty("predict")
+        _check_arguments(batches, num_samples, bn_loader, recalibrated)
+        return as_seed("predict", seed, device_here)
+
+    def on_all(compute):
+        return jointly("predict", compute, device_here, group)
+
+    seed_here = on_all(seed_of_arguments)
+    if seed is None and spread_over_ranks(group):
+        dist.broadcast(seed_here, group=group, group_src=0)
+    total = None
+    with evaluation_mode("predict", model):
+        for s in range(num_samples):
+            on_all(lambda s=s: swag.sample(scale, cov, seed_here, block, sample=s))
+            if recalibrated:
+                options = {"subset": subset, "forward_kwargs": forward_kwargs, "process_group": process_group}
+                update_bn(bn_loader, model, device, **options)
+            log_probs = on_all(lambda: _log_probabilities(model, batches, device, forward_kwargs))
+            total = log_probs if total is None else torch.logaddexp(total, log_probs)
+    return (total - math.log(num_samples)).exp()
+
+
+def _check_arguments(batches, num_samples, bn_loader, recalibrated: bool) -> None:
     if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
         raise ValueError(f"predict: num_samples must be a positive int, got {num_samples!r}")
-    recalibrated = recalibrate and bool(tracking_layers(model))
     if recalibrated and bn_loader is None:
         raise ValueError(
             "predict: bn_loader must yield the training data, as the BatchNorm statistics of every draw are its own; "
             "recalibrate=False keeps those of module"
         )
-    whole = isinstance(data, torch.Tensor | Mapping)
-    batches = [data] if whole else data
     _refuse_single_pass("data", batches)
-    if isinstance(data, DataLoader) and isinstance(data.sampler, RandomSampler):
+    if isinstance(batches, DataLoader) and isinstance(batches.sampler, RandomSampler):
         raise ValueError("predict: data must come in the same order in every pass, got a DataLoader with shuffle=True")
-    averages = list(swag.averages().values())
-    seed_here = as_seed("predict", seed, averages[0].device if averages else torch.device("cpu"))
     if recalibrated:
         _refuse_single_pass("bn_loader", bn_loader)
-    reduced = recalibrated and spread_over_ranks(process_group)
-    if reduced and seed is None:
-        dist.broadcast(seed_here, group=process_group, group_src=0)
-    total = None
-    with evaluation_mode("predict", model):
-        for s in range(num_samples):
-            swag.sample(scale, cov, seed_here, block, sample=s)
-            if recalibrated:
-                options = {"subset": subset, "forward_kwargs": forward_kwargs, "process_group": process_group}
-                update_bn(bn_loader, model, device, **options)
-            log_probs, error = None, None
-            try:
-                log_probs = _log_probabilities(model, batches, device, forward_kwargs)
-            except Exception as e:  # raised below, once the other ranks know
-                error = e
-            if reduced:
-                agree("predict", error, seed_here.device, process_group)
-            elif error is not None:
-                raise error
-            total = log_probs if total is None else torch.logaddexp(total, log_probs)
-    return (total - math.log(num_samples)).exp()
 
 
 def _log_probabilities(model, batches: Iterable, device, forward_kwargs) -> torch.Tensor:

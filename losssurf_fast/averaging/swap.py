@@ -74,8 +74,8 @@ def _write(model: nn.Module, values: dict[str, torch.Tensor]) -> None:
     pairs = {}
     for name, t in _all_names(model).items():
         if name in values and tensors.local(t).shape == values[name].shape:
-            pairs[id(t)] = t, values[name]
+            pairs[id(t)] = t, *tensors.without_repeats(tensors.local(t), values[name])
     if pairs:
-        live, new = zip(*pairs.values(), strict=True)
-        torch._foreach_copy_([tensors.local(t) for t in live], list(new))
+        live, here, new = zip(*pairs.values(), strict=True)
+        torch._foreach_copy_(list(here), list(new))
         torch.autograd.graph.increment_version([t for t in live if not t.is_inference()])  # which have none

@@ -124,6 +124,15 @@ def real(tensor: torch.Tensor) -> torch.Tensor:
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
+def without_repeats(target: torch.Tensor, source: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both without what an expanded ``target`` only repeats, as torch refuses to write one memory several times."""
+    if target.layout == torch.strided:
+        for dim, (size, stride) in enumerate(zip(target.shape, target.stride(), strict=True)):
+            if size > 1 and stride == 0:
+                target, source = target.narrow(dim, 0, 1), source.narrow(dim, 0, 1)
+    return target, source
+
+
 def like(tensor: torch.Tensor, here: torch.Tensor) -> torch.Tensor:
     """``here`` as this rank's part of a tensor that is placed as ``tensor`` is."""
     if not isinstance(tensor, DTensor):

@@ -1,13 +1,12 @@
 """Averages of weights inside other libraries' training loops; each module here needs its library."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 from torch import nn
 
 from losssurf_fast.averaging import AveragedModel
-from losssurf_fast.averaging.batch_norm import update_bn
-from losssurf_fast.averaging.tensors import is_sharded, match, named_buffers, named_parameters
+from losssurf_fast.averaging.tensors import is_sharded, match, named_buffers, named_parameters, without_repeats
 
 
 def check_arguments(name: str, make_average: Callable, every: str, start: int) -> None:
@@ -42,12 +41,11 @@ def has_average(average: AveragedModel | None) -> bool:
     return average is not None and bool(average.n_averaged > 0)
 
 
-def install_average(model: nn.Module, average: AveragedModel, loader: Iterable | None, device: torch.device) -> None:
-    """Leave the average in ``model`` for good, with the BatchNorm statistics of ``loader`` unless that is None."""
+@torch.no_grad()
+def install_average(model: nn.Module, average: AveragedModel) -> None:
+    """Leave the average in ``model`` for good."""
     averages = average.averages()
     live = match("AveragingCallback", averages, named_parameters(model) | named_buffers(model))
-    with torch.no_grad():
-        for t, value in zip(live, averages.values(), strict=True):
-            t.copy_(value)
-    if loader is not None:
-        update_bn(loader, model, device)
+    for t, value in zip(live, averages.values(), strict=True):
+        here, new = without_repeats(t, value)
+        here.copy_(new)

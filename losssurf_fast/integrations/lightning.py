@@ -14,7 +14,7 @@ except ImportError as error:
         "losssurf_fast.integrations.lightning: needs Lightning; pip install 'losssurf_fast[lightning]'"
     ) from error
 
-from losssurf_fast.averaging import AveragedModel, averaged_weights
+from losssurf_fast.averaging import AveragedModel, averaged_weights, update_bn
 from losssurf_fast.integrations import check_arguments, has_average, install_average, make, refuse_sharded
 
 _REMEDY = "enable_checkpointing=False"
@@ -89,11 +89,13 @@ class AveragingCallback(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.copy_at_end and has_average(self.average):
-            precision = trainer.precision_plugin
-            loader = map(precision.convert_input, trainer.train_dataloader) if self.recalibrate_bn else None
-            with precision.forward_context():
-                install_average(pl_module, self.average, loader, pl_module.device)
-            self._in_module = True
+            install_average(pl_module, self.average)
+            self._in_module = True  # also where the next step fails
+            if self.recalibrate_bn:
+                precision = trainer.precision_plugin
+                with precision.forward_context():
+                    loader = map(precision.convert_input, trainer.train_dataloader)
+                    update_bn(loader, pl_module, pl_module.device)
 
     def _swap_in(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._loaded is not None and trainer.state.fn != "fit":

@@ -15,7 +15,7 @@ except ImportError as error:
         "losssurf_fast.integrations.transformers: needs transformers; pip install 'losssurf_fast[transformers]'"
     ) from error
 
-from losssurf_fast.averaging import AveragedModel, averaged_weights
+from losssurf_fast.averaging import AveragedModel, averaged_weights, update_bn
 from losssurf_fast.files import load_state, save_state
 from losssurf_fast.integrations import check_arguments, has_average, install_average, make, refuse_sharded
 
@@ -113,8 +113,10 @@ class AveragingCallback(TrainerCallback):
         **kwargs,
     ) -> None:
         if self.copy_at_end and has_average(self.average):
-            install_average(model, self.average, train_dataloader if self.recalibrate_bn else None, args.device)
-            self._in_model = True
+            install_average(model, self.average)
+            self._in_model = True  # also where the next step fails
+            if self.recalibrate_bn:
+                update_bn(train_dataloader, model, args.device)
 
     @contextlib.contextmanager
     def evaluating(self, model: nn.Module):
