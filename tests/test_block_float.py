@@ -135,6 +135,16 @@ def test_block_float_dtypes(dtype):
     assert value.dtype == dtype and torch.equal(value.float(), ops.block_float(x.float(), 8, 0))
 
 
+@pytest.mark.parametrize("dtype, word_length", [(F16, 8), (F16, 16), (BF16, 12)], ids=str)
+def test_block_float_of_a_dtypes_extremes_is_finite(dtype, word_length):
+    limits = torch.finfo(dtype)
+    x = torch.tensor([limits.min, limits.max], dtype=dtype)
+    value = ops.block_float(x, word_length, 0)
+    assert value.isfinite().all() and value[0] == limits.min
+    assert torch.equal(torch.func.vmap(lambda t: ops.block_float(t, word_length, 0))(x[None])[0], value)
+    assert ops.block_float(torch.tensor([limits.min, math.nan], dtype=dtype), word_length, 0).isnan().all()
+
+
 # ---- ways of calling ------------------------------------------------------------------------------------------------
 
 

@@ -186,7 +186,7 @@ def block_float(
 
     Returns:
         A contiguous tensor of x's shape and dtype; more than 8 bits do not fit bfloat16 and more than 12 not float16,
-        and are rounded once more.
+        and are rounded once more. What would lie outside a dtype of 16 bits is its largest or lowest number.
     """
     name = "block_float"
     per_row, seed = _check_arguments(name, x, word_length, seed, block, stochastic, row_offset, sample)
@@ -194,10 +194,10 @@ def block_float(
     if composite_needed():
         parts = block_float_quantize_reference(plain, seed, word_length, per_row, row_offset, sample, stochastic)
         value = block_float_dequantize_reference(*parts, word_length)
-        return _StraightThroughForward.apply(x, value.to(x.dtype))
+        return _StraightThroughForward.apply(x, _within(value, x.dtype))
     ops = torch.ops.losssurf_fast
     parts = ops.block_float_quantize.default(plain, seed, word_length, per_row, row_offset, sample, stochastic)
-    value = ops.block_float_dequantize.default(*parts, word_length).to(x.dtype)
+    value = _within(ops.block_float_dequantize.default(*parts, word_length), x.dtype)
     return _StraightThrough.apply(x, value) if x.requires_grad and torch.is_grad_enabled() else value
 
 
@@ -250,6 +250,13 @@ def block_float_dequantize(mantissa: torch.Tensor, exponent: torch.Tensor, word_
     if composite_needed():
         return block_float_dequantize_reference(mantissa, exponent, word_length)
     return torch.ops.losssurf_fast.block_float_dequantize.default(mantissa, exponent, word_length)
+
+
+def _within(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """``value`` in ``dtype``, finite where it is finite: the lowest mantissa may stand for less than ``dtype`` holds."""
+    if dtype.itemsize == 2:
+        value = value.clamp(torch.finfo(dtype).min, torch.finfo(dtype).max)
+    return value.to(dtype)
 
 
 def _check_arguments(name, x, word_length, seed, block, stochastic, row_offset, sample) -> tuple[bool, torch.Tensor]:
