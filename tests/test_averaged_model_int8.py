@@ -44,6 +44,15 @@ def test_rounding_is_small_and_unbiased(kwargs):
     assert ((value / ulp * 2) % 1 == 0).all()  # multiples of the row's unit, or of half of it
 
 
+def test_a_vector_has_one_exponent():
+    model = nn.BatchNorm1d(9)
+    averaged = lsf.AveragedModel(model, average_dtype=torch.int8)
+    averaged.update_parameters(model)
+    exponents = [exponent for _, exponent in averaged._compressed._parts.values()]
+    assert len(exponents) == 2 and all(e.dim() == 0 for e in exponents)
+    assert (averaged.module.weight == 1).all()
+
+
 def test_looking_changes_nothing_and_loading_gives_the_same_values():
     model = Net()
     with torch.no_grad():

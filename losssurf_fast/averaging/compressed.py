@@ -1,4 +1,5 @@
-"""Averages held in eight bits, as SWALP holds them: block floating point with one exponent for each row.
+"""Averages held in eight bits, as SWALP holds them: block floating point with one exponent for each row
+(index of the first dimension) of a matrix, or for a whole vector.
 
 Source: Yang et al., "SWALP: stochastic weight averaging in low-precision training", ICML 2019, section 3.
 """
@@ -38,7 +39,7 @@ class Compressed:
             return
         if tensor.device not in self._seeds:
             self._seeds[tensor.device] = torch.tensor(_SEED, device=tensor.device)
-        block, seed = "row" if tensor.dim() else "tensor", self._seeds[tensor.device]
+        block, seed = "row" if tensor.dim() > 1 else "tensor", self._seeds[tensor.device]
         row, sample = self._rows[name], n % 2**32
         self._parts[name] = block_float_quantize(tensor, _WORD_LENGTH, seed, block=block, row_offset=row, sample=sample)
         tensor.data = tensor.new_zeros(()).expand(tensor.shape)  # the shape without the memory

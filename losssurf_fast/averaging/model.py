@@ -51,8 +51,9 @@ class AveragedModel(nn.Module):
         decay: of "ema", in [0, 1].
         ema_warmup: let the decay of "ema" grow with the number of averaged models.
         average_dtype: a floating dtype for the averages; None is at least fp32. torch.int8 holds them in eight bits
-            with one exponent for each index of the first dimension, rounded stochastically (SWALP); they are made fp32
-            when they are used, until the next update. A NaN or inf takes its row with it.
+            with one exponent for each index of the first dimension, or for a whole vector (on a shard: for what lies
+            there), rounded stochastically (SWALP); they are made fp32 when they are used, until the next update. A NaN
+            or inf takes all that shares its exponent with it.
         update_every: only every k-th call of ``update_parameters`` averages; after loading, calls count from 0.
         include_start: count the weights at construction as the first model.
         offload: "cpu" holds the averages in host memory (pinned, with a GPU). An update starts a copy of the weights on

@@ -253,7 +253,7 @@ def block_float_dequantize(mantissa: torch.Tensor, exponent: torch.Tensor, word_
 
 
 def _within(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """``value`` in ``dtype``, finite where it is finite: the lowest mantissa may stand for less than ``dtype`` holds."""
+    """``value`` in ``dtype``, whose range the lowest mantissa may lie below."""
     if dtype.itemsize == 2:
         value = value.clamp(torch.finfo(dtype).min, torch.finfo(dtype).max)
     return value.to(dtype)
