@@ -87,6 +87,28 @@ def test_values_that_were_written_are_taken():
     assert (averaged.module.weight == 0.5).all()
 
 
+def test_a_failed_update_changes_nothing():
+    def average(a, w, n):
+        if fail:
+            raise ZeroDivisionError
+        return w
+
+    model, fail = nn.Linear(2, 1, bias=False), False
+    averaged = lsf.AveragedModel(model, avg_fn=average, average_dtype=torch.int8)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[-1.9999, 0.046875]]))  # to -2, whose exponent is one higher
+    averaged.update_parameters(model)
+    before, fail = averaged.module.weight.detach().clone(), True
+    assert before[0, 0] == -2 and before[0, 1] == 0.046875
+    for _ in range(8):
+        with pytest.raises(ZeroDivisionError):
+            averaged.update_parameters(model)
+        assert torch.equal(averaged.module.weight, before) and averaged.n_averaged == 1
+    fail = False
+    averaged.update_parameters(model)
+    assert held_bytes(averaged) == 4
+
+
 def test_tied_complex_and_nan_weights():
     model = Net()
     model.wave = nn.Parameter(torch.randn(3, dtype=torch.complex64))

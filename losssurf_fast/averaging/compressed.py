@@ -48,7 +48,5 @@ class Compressed:
     @contextlib.contextmanager
     def open(self, name: str, tensor: torch.Tensor, n: int) -> Iterator[None]:
         self.show(name, tensor)
-        try:
-            yield
-        finally:
-            self.hide(name, tensor, n)
+        yield  # after an exception it stays shown: rounding once more could change it
+        self.hide(name, tensor, n)
