@@ -87,6 +87,18 @@ def test_values_that_were_written_are_taken():
     assert (averaged.module.weight == 0.5).all()
 
 
+def test_values_keep_their_strides_and_mantissas_go_while_shown():
+    model = nn.Conv2d(3, 4, 2).to(memory_format=torch.channels_last)
+    averaged = lsf.AveragedModel(model, average_dtype=torch.int8)
+    for _ in range(2):
+        averaged.update_parameters(model)
+        assert averaged._compressed._parts.keys() == {"weight", "bias"}
+        weight = averaged.module.weight
+        assert weight.stride() == model.weight.stride() and not weight.is_contiguous()
+        assert (weight - model.weight).abs().max() < 0.01
+        assert not averaged._compressed._parts
+
+
 def test_a_failed_update_changes_nothing():
     def average(a, w, n):
         if fail:

@@ -22,28 +22,30 @@ class Compressed:
     """
 
     def __init__(self, named: Iterable[tuple[str, torch.Tensor]]):
-        self._parts: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._parts: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # of what is hidden
         self._rows = {name: row for row, (name, t) in enumerate(named) if t.is_floating_point()}
-        self._shown = set(self._rows)
+        self._strides: dict[str, tuple[int, ...]] = {}  # of the values: mantissas are contiguous
         self._seeds: dict[torch.device, torch.Tensor] = {}
 
     @torch.inference_mode(False)  # or the values would be of no use after it
     def show(self, name: str, tensor: torch.Tensor) -> None:
-        if name in self._rows and name not in self._shown:
-            tensor.data = block_float_dequantize(*self._parts[name], _WORD_LENGTH).to(tensor.dtype)
-            self._shown.add(name)
+        if name in self._parts:
+            values = block_float_dequantize(*self._parts[name], _WORD_LENGTH)
+            empty = torch.empty_strided(values.shape, self._strides[name], dtype=tensor.dtype, device=values.device)
+            tensor.data = empty.copy_(values)
+            del self._parts[name]
 
     @torch.inference_mode(False)
     def hide(self, name: str, tensor: torch.Tensor, n: int) -> None:
-        if name not in self._shown:
+        if name not in self._rows or name in self._parts:
             return
         if tensor.device not in self._seeds:
             self._seeds[tensor.device] = torch.tensor(_SEED, device=tensor.device)
         block, seed = "row" if tensor.dim() > 1 else "tensor", self._seeds[tensor.device]
         row, sample = self._rows[name], n % 2**32
+        self._strides[name] = torch.empty_like(tensor, device="meta").stride()
         self._parts[name] = block_float_quantize(tensor, _WORD_LENGTH, seed, block=block, row_offset=row, sample=sample)
         tensor.data = tensor.new_zeros(()).expand(tensor.shape)  # the shape without the memory
-        self._shown.remove(name)
 
     @contextlib.contextmanager
     def open(self, name: str, tensor: torch.Tensor, n: int) -> Iterator[None]:
