@@ -305,13 +305,18 @@ class AveragedModel(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         self.synchronize()
-        self._calls = 0
         if prefix:  # as a part of another module: load_state_dict has not seen the keys
-            ours = self.state_dict()
+            ours, errors = self.state_dict(), args[-1]
             loading.rename(state_dict, ours, prefix)
             part = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
-            loading.check(f"{_NAME}.load_state_dict", part, ours, strict=False)
+            try:
+                loading.check(f"{prefix}load_state_dict", part, ours, strict=False)
+            except RuntimeError as error:
+                errors.append(str(error))
+                state_dict |= {prefix + k: v for k, v in ours.items() if k in part}  # torch goes on to the children
+                return
         super()._load_from_state_dict(state_dict, prefix, *args)
+        self._calls = 0
 
     def state_dict(self, *args, **kwargs):
         self.synchronize()
