@@ -31,9 +31,10 @@ class AveragedModel(nn.Module):
 
     Parameters are paired by name, tied ones averaged once, frozen ones too. Buffers are copied at each update, or
     averaged as well (``use_buffers``); integer and bool tensors are copied. Averages of bf16 and fp16 weights are held,
-    and appear in ``module`` and in the state_dict, in fp32; ``forward`` casts them to the model's dtypes. State dicts
-    load from and into torch's class, also those of a model in DistributedDataParallel or torch.compile: wrappers are
-    taken off, at construction and on load. A state_dict that does not fit is refused before anything is changed.
+    and appear in ``module`` and in the state_dict, in fp32; ``forward`` casts them to the model's dtypes, unless ``to``
+    has given them others. State dicts load from and into torch's class, also those of a model in
+    DistributedDataParallel or torch.compile: wrappers are taken off, at construction and on load. A state_dict that
+    does not fit is refused before anything is changed.
 
     A model sharded by ``fully_shard`` is not copied: ``module`` is then a tree of bare modules with the averages,
     DTensors placed as the parameters are, and cannot be called (see :func:`averaged_weights`). An update touches the
@@ -102,7 +103,7 @@ class AveragedModel(nn.Module):
             dtypes |= {n: torch.promote_types(b.dtype, dtypes[n]) for n, b in buffers.items() if b.is_floating_point()}
         pin = bool(offload) and torch.cuda.is_available()
         self.module, self._sharded = holder_of(model, dtypes, device, pin)
-        self._model_dtypes = {name: t.dtype for name, t in {**parameters, **buffers}.items()}
+        self._dtypes = {name: (dtypes[name], t.dtype) for name, t in {**parameters, **buffers}.items()}
         self.register_buffer("n_averaged", torch.tensor(int(include_start), dtype=torch.long, device=device))
         self.avg_fn, self.multi_avg_fn, self.use_buffers = avg_fn, multi_avg_fn, use_buffers
         self.average, self.decay, self.ema_warmup = average, float(decay), ema_warmup
@@ -135,8 +136,8 @@ class AveragedModel(nn.Module):
         module = self.module
         cast = {}
         for name, t in (*module.named_parameters(), *module.named_buffers()):
-            dtype = self._model_dtypes.get(tensors.plain_name(name), t.dtype)
-            if t.dtype != dtype:
+            held, dtype = self._dtypes.get(tensors.plain_name(name), (None, None))
+            if t.dtype == held != dtype:  # what .to() has given another dtype is meant to be used in it
                 cast[name] = t.to(dtype)
         if not cast:
             return module(*args, **kwargs)
