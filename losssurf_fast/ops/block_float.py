@@ -240,7 +240,8 @@ def block_float_dequantize(mantissa: torch.Tensor, exponent: torch.Tensor, word_
     """The float32 values that :func:`block_float_quantize` stands for, in mantissa's shape.
 
     Raises:
-        TypeError, ValueError: the tensors are not such a pair, or word_length not that of their making.
+        TypeError, ValueError: dtypes or shapes are not those of such a pair for this word_length. The numbers are not
+            looked at: exponents outside [-126, 128] give values without meaning.
     """
     name = "block_float_dequantize"
     for argument, value in (("mantissa", mantissa), ("exponent", exponent)):
