@@ -64,6 +64,7 @@ class AveragedModel(nn.Module):
 
     Raises:
         TypeError, ValueError: an argument is not as above, or the model has lazy or meta tensors.
+        NotImplementedError: torch.int8 averages of a model that is sharded in another dimension than the first.
     """
 
     n_averaged: torch.Tensor
@@ -114,11 +115,11 @@ class AveragedModel(nn.Module):
         self._pairing: Pairing | None = None
         self._staging: offloading.Staging | None = None
         if average_dtype == torch.int8:
-            averaged = [*self._named(tensors.named_parameters)]
-            averaged += self._named(tensors.named_buffers) if use_buffers else []
-            self._compressed = Compressed(averaged)
-            for name, t in averaged:
-                self._compressed.hide(name, t, 0)
+            averaged = tensors.named_parameters(self.module)
+            averaged |= tensors.named_buffers(self.module) if use_buffers else {}
+            self._compressed = Compressed(_NAME, averaged)
+            for name, t in averaged.items():
+                self._compressed.hide(name, tensors.local(t), 0)
 
     def forward(self, *args, **kwargs):
         """The averaged model's output.
