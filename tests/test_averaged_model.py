@@ -371,3 +371,12 @@ BAD_ARGUMENTS = [
 def test_bad_arguments(arguments, error, message):
     with pytest.raises(error, match=f"AveragedModel: {message}"):
         lsf.AveragedModel(**{"model": nn.Linear(2, 2), **arguments})
+
+
+@pytest.mark.parametrize("dtype, kwargs", [(F32, {}), (F32, {"average_dtype": torch.int8}), (BF16, {})], ids=str)
+def test_forward_in_a_dtype_the_average_was_moved_to(dtype, kwargs):
+    model = nn.Linear(4, 3).to(dtype)
+    averaged = lsf.AveragedModel(model, **kwargs)
+    averaged.update_parameters(model)
+    for moved in (BF16, F64):
+        assert averaged.to(moved)(torch.ones(2, 4, dtype=moved)).dtype == moved

@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import swa_utils
 
@@ -178,10 +178,11 @@ def fsdp_wrapped_layers(rank):
 
 
 def fsdp_int8(rank):
-    sharded, plain = shard(network()), network()
+    sharded, plain, other = shard(network()), network(), network()
     average, exact = lsf.AveragedModel(sharded, average_dtype=torch.int8), lsf.AveragedModel(plain)
+    unsharded = lsf.AveragedModel(other, average_dtype=torch.int8)
     for seed in range(2):
-        for m, a in ((sharded, average), (plain, exact)):
+        for m, a in ((sharded, average), (plain, exact), (other, unsharded)):
             train(m, seed)
             a.update_parameters(m)
     held = average._modules["module"].get_submodule("3").weight._local_tensor
@@ -189,6 +190,8 @@ def fsdp_int8(rank):
     state = whole(average.state_dict())
     for name, value in exact.state_dict().items():
         torch.testing.assert_close(state[name], value, rtol=0, atol=0.1)
+    for name, value in unsharded.state_dict().items():
+        assert value.dim() < 2 or torch.equal(state[name], value)  # vectors have an exponent on each rank
     other = lsf.AveragedModel(sharded, average_dtype=torch.int8)
     other.load_state_dict(average.state_dict())
     for a in (average, other):
@@ -199,6 +202,9 @@ def fsdp_int8(rank):
 
 
 def refusals(rank):
+    columns = fully_shard(nn.Linear(4, 5, bias=False), shard_placement_fn=lambda p: Shard(1))
+    with pytest.raises(NotImplementedError, match=r"int8 needs shards along the first dimension, got weight placed as"):
+        lsf.AveragedModel(columns, average_dtype=torch.int8)
     sharded = shard(network())
     average, careful = lsf.AveragedModel(network()), lsf.AveragedModel(sharded, check_finite=True)
     with pytest.raises(ValueError, match="0.weight must be a plain tensor like the average's, got a DTensor"):

@@ -44,6 +44,15 @@ def test_rounding_is_small_and_unbiased(kwargs):
     assert ((value / ulp * 2) % 1 == 0).all()  # multiples of the row's unit, or of half of it
 
 
+def test_a_vector_has_one_exponent():
+    model = nn.BatchNorm1d(9)
+    averaged = lsf.AveragedModel(model, average_dtype=torch.int8)
+    averaged.update_parameters(model)
+    exponents = [exponent for _, exponent in averaged._compressed._parts.values()]
+    assert len(exponents) == 2 and all(e.dim() == 0 for e in exponents)
+    assert (averaged.module.weight == 1).all()
+
+
 def test_looking_changes_nothing_and_loading_gives_the_same_values():
     model = Net()
     with torch.no_grad():
@@ -76,6 +85,40 @@ def test_values_that_were_written_are_taken():
         averaged.module.weight.fill_(0.5)
     averaged.update_parameters(model)
     assert (averaged.module.weight == 0.5).all()
+
+
+def test_values_keep_their_strides_and_mantissas_go_while_shown():
+    model = nn.Conv2d(3, 4, 2).to(memory_format=torch.channels_last)
+    averaged = lsf.AveragedModel(model, average_dtype=torch.int8)
+    for _ in range(2):
+        averaged.update_parameters(model)
+        assert averaged._compressed._parts.keys() == {"weight", "bias"}
+        weight = averaged.module.weight
+        assert weight.stride() == model.weight.stride() and not weight.is_contiguous()
+        assert (weight - model.weight).abs().max() < 0.01
+        assert not averaged._compressed._parts
+
+
+def test_a_failed_update_changes_nothing():
+    def average(a, w, n):
+        if fail:
+            raise ZeroDivisionError
+        return w
+
+    model, fail = nn.Linear(2, 1, bias=False), False
+    averaged = lsf.AveragedModel(model, avg_fn=average, average_dtype=torch.int8)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[-1.9999, 0.046875]]))  # to -2, whose exponent is one higher
+    averaged.update_parameters(model)
+    before, fail = averaged.module.weight.detach().clone(), True
+    assert before[0, 0] == -2 and before[0, 1] == 0.046875
+    for _ in range(8):
+        with pytest.raises(ZeroDivisionError):
+            averaged.update_parameters(model)
+        assert torch.equal(averaged.module.weight, before) and averaged.n_averaged == 1
+    fail = False
+    averaged.update_parameters(model)
+    assert held_bytes(averaged) == 4
 
 
 def test_tied_complex_and_nan_weights():

@@ -77,9 +77,16 @@ def test_loading_as_a_part_of_another_module():
     outer.load_state_dict(source.state_dict())
     assert torch.equal(outer["swa"].module.first.weight, source["swa"].module.module.first.weight)
     before = copy.deepcopy(outer["swa"].state_dict())
-    with pytest.raises(RuntimeError, match="AveragedModel.load_state_dict: n_averaged must not be negative, got -1"):
-        outer.load_state_dict({**source.state_dict(), "swa.n_averaged": torch.tensor(-1)})
-    assert_states(outer["swa"].state_dict(), before, exact=True)
+    other = nn.ModuleDict({"swa": swa_utils.AveragedModel(nn.DataParallel(Net())), "model": nn.Linear(2, 2)})
+    outer["swa"].update_every, model = 2, Net()
+    outer["swa"].update_parameters(model)
+    for damage in ({"swa.n_averaged": torch.tensor(-1)}, {"swa.module.module.scale": torch.ones(2)}):
+        message = r"ModuleDict:\s+swa.load_state_dict: (n_averaged must not be neg|module.scale must have shape)[^\n]*$"
+        with pytest.raises(RuntimeError, match=message):
+            outer.load_state_dict({**other.state_dict(), **damage})
+        assert_states(outer["swa"].state_dict(), before, exact=True)
+    outer["swa"].update_parameters(model)
+    assert outer["swa"].n_averaged == 1  # it was the second call
 
 
 BAD_STATES = {

@@ -1,3 +1,4 @@
+import gc
 import weakref
 
 import pytest
@@ -37,6 +38,20 @@ def test_the_model_is_not_kept_alive():
     assert gone() is None
     averaged.update_parameters(Net())
     assert averaged.n_averaged == 2
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"average_dtype": torch.int8}])
+def test_the_averages_die_with_their_model(kwargs):
+    model = Net()
+    averaged = lsf.AveragedModel(model, **kwargs)
+    averaged.update_parameters(model)
+    gone = weakref.ref(averaged.module.first.weight)
+    gc.disable()
+    try:
+        del averaged
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_one_layer_is_moved_or_replaced_between_updates():

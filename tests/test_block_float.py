@@ -44,10 +44,10 @@ def assert_same(ours, theirs):
 def test_block_float_is_the_reference(name):
     with instruction_set(name):
         for word_length, per_row in itertools.product((2, 5, 8, 9, 16), (False, True)):
-            assert_same(*both(hostile(), word_length, per_row, 2**40 + 3, 5))
+            assert_same(*both(hostile(), word_length, per_row, 2**40 + 3, 2**32 - 1, 5))
         for dtype, stochastic in itertools.product((F64, F32, BF16, F16), (True, False)):
-            assert_same(*both(torch.randn(7, 1500).to(dtype), 8, True, 1, 0, stochastic))
-            assert_same(*both(torch.randn(5003).to(dtype), 8, False, 1, 0, stochastic))
+            assert_same(*both(torch.randn(7, 1500).to(dtype), 8, True, 1, 2, 0, stochastic))
+            assert_same(*both(torch.randn(5003).to(dtype), 8, False, 1, 7, 0, stochastic))
 
 
 @pytest.mark.parametrize("shape", [(0,), (0, 3), (3, 0), (1,), (5,), (2, 3, 4)], ids=str)
@@ -78,6 +78,18 @@ def test_block_float_uses_the_words_of_the_contract():
     u = (OP.philox_words(torch.tensor(2), counters).view(-1)[:9] >> 8).double() / 2**24
     expected = (x.double() * 2**4 + u).floor() / 2**4
     assert torch.equal(ops.block_float(x, 6, 2, row_offset=3 * 2**32 + 7, sample=5).double(), expected)
+
+
+def test_block_float_rounds_parts_as_the_whole():
+    x, place = torch.randn(9, 5003), {"row_offset": 3, "sample": 2}
+    mantissa, exponent = ops.block_float_quantize(x, 8, 1, block="row", **place)
+    value = ops.block_float(x, 8, 1, block="row", **place)
+    for first, last in ((0, 4), (4, 9), (5, 6)):
+        rows, col_offset = slice(first, last), first * x.shape[1]
+        part = ops.block_float_quantize(x[rows], 8, 1, block="row", col_offset=col_offset, **place)
+        assert_same(part, (mantissa[rows], exponent[rows]))
+        assert torch.equal(ops.block_float(x[rows], 8, 1, block="row", col_offset=col_offset, **place), value[rows])
+    assert not torch.equal(ops.block_float_quantize(x[4:], 8, 1, block="row", **place)[0], mantissa[4:])
 
 
 @pytest.mark.parametrize("word_length", range(2, 17))
@@ -135,6 +147,16 @@ def test_block_float_dtypes(dtype):
     assert value.dtype == dtype and torch.equal(value.float(), ops.block_float(x.float(), 8, 0))
 
 
+@pytest.mark.parametrize("dtype, word_length", [(F16, 8), (F16, 16), (BF16, 12)], ids=str)
+def test_block_float_of_a_dtypes_extremes_is_finite(dtype, word_length):
+    limits = torch.finfo(dtype)
+    x = torch.tensor([limits.min, limits.max], dtype=dtype)
+    value = ops.block_float(x, word_length, 0)
+    assert value.isfinite().all() and value[0] == limits.min
+    assert torch.equal(torch.func.vmap(lambda t: ops.block_float(t, word_length, 0))(x[None])[0], value)
+    assert ops.block_float(torch.tensor([limits.min, math.nan], dtype=dtype), word_length, 0).isnan().all()
+
+
 # ---- ways of calling ------------------------------------------------------------------------------------------------
 
 
@@ -176,7 +198,7 @@ def test_block_float_opcheck():
         (torch.randn(0, 3), 2, True),
     ):
         seed = torch.tensor(1)
-        torch.library.opcheck(OP.block_float_quantize, (x, seed, word_length, per_row, 3, 4, True))
+        torch.library.opcheck(OP.block_float_quantize, (x, seed, word_length, per_row, 3, 5, 4, True))
         parts = OP.block_float_quantize(x, seed, word_length, per_row)
         torch.library.opcheck(OP.block_float_dequantize, (*parts, word_length))
 
@@ -203,6 +225,8 @@ X, I8, E = torch.ones(2, 3), torch.ones(2, 3, dtype=torch.int8), torch.zeros((),
         (lambda f: f(torch.tensor(1.0), 8, block="row"), ValueError, "x must have rows, got a 0-d tensor"),
         (lambda f: f(X, 8, "seed"), TypeError, "seed must be an int or a 0-d int64 tensor, got str"),
         (lambda f: f(X, 8, row_offset=-1), ValueError, "row_offset must lie in"),
+        (lambda f: f(X, 8, col_offset=-1), ValueError, r"columns .* must lie in .* got col_offset -1"),
+        (lambda f: f(X, 8, col_offset=2**34 - 5), ValueError, r"columns col_offset \+ \[0, 6\) must lie in"),
         (lambda f: f(X, 8, sample=2**32), ValueError, "sample must lie in"),
     ],
 )  # fmt: skip

@@ -31,8 +31,8 @@ std::vector<Chunk> chunks_of_blocks(int64_t blocks, int64_t size) {
 }
 
 std::tuple<Tensor, Tensor> block_float_quantize_cpu(const Tensor& x_in, const Tensor& seed, int64_t word_length,
-                                                    bool per_row, int64_t row_offset, int64_t sample,
-                                                    bool stochastic) {
+                                                    bool per_row, int64_t row_offset, int64_t col_offset,
+                                                    int64_t sample, bool stochastic) {
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   const char* name = "block_float_quantize";
   TORCH_CHECK_TYPE(averaging_dtype(x_in.scalar_type()), name, ": x must have a floating dtype of ",
@@ -54,13 +54,13 @@ std::tuple<Tensor, Tensor> block_float_quantize_cpu(const Tensor& x_in, const Te
   int32_t* e = exponent.data_ptr<int32_t>();
   for (int64_t b = 0; b < blocks; ++b) e[b] = std::max(static_cast<int>(top[b] >> 23) - 127, kLowestExponent);
 
-  const NoiseStream noise = noise_stream(seed, row_offset, 0, sample);
+  const NoiseStream noise = noise_stream(seed, row_offset, col_offset, sample);
   const int64_t bytes = mantissa.element_size();
   for_chunks(chunks, 8, [&](Chunk chunk, int64_t) {
     char* out = static_cast<char*>(mantissa.data_ptr()) + chunk.begin * bytes;
     if (e[chunk.index] == kNotFinite) return std::fill_n(out, chunk.n * bytes, char(0)), void();
     NoiseStream here = noise;
-    here.col_offset = chunk.begin;
+    here.col_offset += chunk.begin;
     kernels().block_float_quantize(stochastic ? &here : nullptr, chunk.n, array_of(x, chunk.begin), e[chunk.index],
                                    word_length, out);
   });

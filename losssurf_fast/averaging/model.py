@@ -31,9 +31,10 @@ class AveragedModel(nn.Module):
 
     Parameters are paired by name, tied ones averaged once, frozen ones too. Buffers are copied at each update, or
     averaged as well (``use_buffers``); integer and bool tensors are copied. Averages of bf16 and fp16 weights are held,
-    and appear in ``module`` and in the state_dict, in fp32; ``forward`` casts them to the model's dtypes. State dicts
-    load from and into torch's class, also those of a model in DistributedDataParallel or torch.compile: wrappers are
-    taken off, at construction and on load. A state_dict that does not fit is refused before anything is changed.
+    and appear in ``module`` and in the state_dict, in fp32; ``forward`` casts them to the model's dtypes, unless ``to``
+    has given them others. State dicts load from and into torch's class, also those of a model in
+    DistributedDataParallel or torch.compile: wrappers are taken off, at construction and on load. A state_dict that
+    does not fit is refused before anything is changed.
 
     A model sharded by ``fully_shard`` is not copied: ``module`` is then a tree of bare modules with the averages,
     DTensors placed as the parameters are, and cannot be called (see :func:`averaged_weights`). An update touches the
@@ -51,8 +52,9 @@ class AveragedModel(nn.Module):
         decay: of "ema", in [0, 1].
         ema_warmup: let the decay of "ema" grow with the number of averaged models.
         average_dtype: a floating dtype for the averages; None is at least fp32. torch.int8 holds them in eight bits
-            with one exponent for each index of the first dimension, rounded stochastically (SWALP); they are made fp32
-            when they are used, until the next update. A NaN or inf takes its row with it.
+            with one exponent for each index of the first dimension, or for a whole vector (on a shard: for what lies
+            there), rounded stochastically (SWALP); they are made fp32 when they are used, until the next update. A NaN
+            or inf takes all that shares its exponent with it.
         update_every: only every k-th call of ``update_parameters`` averages; after loading, calls count from 0.
         include_start: count the weights at construction as the first model.
         offload: "cpu" holds the averages in host memory (pinned, with a GPU). An update starts a copy of the weights on
@@ -62,6 +64,7 @@ class AveragedModel(nn.Module):
 
     Raises:
         TypeError, ValueError: an argument is not as above, or the model has lazy or meta tensors.
+        NotImplementedError: torch.int8 averages of a model that is sharded in another dimension than the first.
     """
 
     n_averaged: torch.Tensor
@@ -101,7 +104,7 @@ class AveragedModel(nn.Module):
             dtypes |= {n: torch.promote_types(b.dtype, dtypes[n]) for n, b in buffers.items() if b.is_floating_point()}
         pin = bool(offload) and torch.cuda.is_available()
         self.module, self._sharded = holder_of(model, dtypes, device, pin)
-        self._model_dtypes = {name: t.dtype for name, t in {**parameters, **buffers}.items()}
+        self._dtypes = {name: (dtypes[name], t.dtype) for name, t in {**parameters, **buffers}.items()}
         self.register_buffer("n_averaged", torch.tensor(int(include_start), dtype=torch.long, device=device))
         self.avg_fn, self.multi_avg_fn, self.use_buffers = avg_fn, multi_avg_fn, use_buffers
         self.average, self.decay, self.ema_warmup = average, float(decay), ema_warmup
@@ -112,11 +115,11 @@ class AveragedModel(nn.Module):
         self._pairing: Pairing | None = None
         self._staging: offloading.Staging | None = None
         if average_dtype == torch.int8:
-            averaged = [*self._named(tensors.named_parameters)]
-            averaged += self._named(tensors.named_buffers) if use_buffers else []
-            self._compressed = Compressed(averaged)
-            for name, t in averaged:
-                self._compressed.hide(name, t, 0)
+            averaged = tensors.named_parameters(self.module)
+            averaged |= tensors.named_buffers(self.module) if use_buffers else {}
+            self._compressed = Compressed(_NAME, averaged)
+            for name, t in averaged.items():
+                self._compressed.hide(name, tensors.local(t), 0)
 
     def forward(self, *args, **kwargs):
         """The averaged model's output.
@@ -134,8 +137,8 @@ class AveragedModel(nn.Module):
         module = self.module
         cast = {}
         for name, t in (*module.named_parameters(), *module.named_buffers()):
-            dtype = self._model_dtypes.get(tensors.plain_name(name), t.dtype)
-            if t.dtype != dtype:
+            held, dtype = self._dtypes.get(tensors.plain_name(name), (None, None))
+            if t.dtype == held != dtype:  # what .to() has given another dtype is meant to be used in it
                 cast[name] = t.to(dtype)
         if not cast:
             return module(*args, **kwargs)
@@ -304,13 +307,18 @@ class AveragedModel(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         self.synchronize()
-        self._calls = 0
         if prefix:  # as a part of another module: load_state_dict has not seen the keys
-            ours = self.state_dict()
+            ours, errors = self.state_dict(), args[-1]
             loading.rename(state_dict, ours, prefix)
             part = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
-            loading.check(f"{_NAME}.load_state_dict", part, ours, strict=False)
+            try:
+                loading.check(f"{prefix}load_state_dict", part, ours, strict=False)
+            except RuntimeError as error:
+                errors.append(str(error))
+                state_dict |= {prefix + k: v for k, v in ours.items() if k in part}  # torch goes on to the children
+                return
         super()._load_from_state_dict(state_dict, prefix, *args)
+        self._calls = 0
 
     def state_dict(self, *args, **kwargs):
         self.synchronize()

@@ -25,7 +25,8 @@ class Pairing:
     """
 
     def __init__(self, caller: str, holder: nn.Module, model: nn.Module, average_buffers: bool):
-        self._holder, self._model = holder, weakref.ref(model, self._forget)
+        forget = weakref.WeakMethod(self._forget)  # a bound method would keep these lists, and the averages, alive
+        self._holder, self._model = holder, weakref.ref(model, lambda _: (method := forget()) and method())
         self._fsdp = weakref.WeakSet(tensors.fsdp_modules(model))
         self.names: list[str] = []
         self._averages, self._values, self._copies, self._sources = [], [], [], []
@@ -50,7 +51,7 @@ class Pairing:
         self._children = self._children_now()
         self._sizes = self._numels()
 
-    def _forget(self, _) -> None:
+    def _forget(self) -> None:
         self._empty, self._filled, self._seen = [], [], []
         self._values, self._sources = [], []
 

@@ -13,8 +13,8 @@ rounding u = 1/2.
 Source: Yang et al., "SWALP: stochastic weight averaging in low-precision training", ICML 2019, section 3.
 
 Noise: u = (word >> 8) 2^-24 of the Philox words of ops/noise.py, with row = ``row_offset``, which names the tensor,
-column = the flat index, word = column mod 4 of the counter (column >> 2, row, sample). So every backend, number of
-threads and instruction set rounds alike.
+column = ``col_offset`` + the flat index, word = column mod 4 of the counter (column >> 2, row, sample). So every
+backend, number of threads and instruction set rounds alike.
 
 Numerics: in fp32 whatever x's dtype (fp64 is rounded to it first); with f = floor(x 2^(W - 2 - e)) exact, the sum with
 u is f + 1 where u >= 1 - (x 2^(W - 2 - e) - f), else f. A block of zeros has e = -126 and gives zeros. A NaN or an
@@ -29,14 +29,16 @@ import torch
 
 from losssurf_fast._library import composite_needed, define
 from losssurf_fast.ops.averaging import AVERAGING_DTYPES
-from losssurf_fast.ops.noise import MAX_COLUMNS, as_seed, check_stream, philox_words_reference
+from losssurf_fast.ops.noise import as_seed, check_stream, philox_words_reference
 
 LOWEST_EXPONENT, NOT_FINITE = -126, 128
 
 # ---- definition -----------------------------------------------------------------------------------------------------
 
 
-def block_float_quantize_reference(x, seed, word_length, per_row, row_offset=0, sample=0, stochastic=True):
+def block_float_quantize_reference(
+    x, seed, word_length, per_row, row_offset=0, col_offset=0, sample=0, stochastic=True
+):
     _check_quantize(x, word_length, per_row)
     rows = x.shape[0] if per_row else 1
     blocks = (x.reshape(rows, -1) if x.numel() else x.new_zeros(rows, 1)).float().contiguous()
@@ -44,7 +46,7 @@ def block_float_quantize_reference(x, seed, word_length, per_row, row_offset=0, 
     exponent = ((top >> 23) - 127).clamp(min=LOWEST_EXPONENT)
     scaled = _scale(blocks, word_length - 2 - exponent)
     whole = scaled.floor()
-    u = _uniform(seed, x, row_offset, sample).view(blocks.shape) if stochastic and x.numel() else 0.5
+    u = _uniform(seed, x, row_offset, col_offset, sample).view(blocks.shape) if stochastic and x.numel() else 0.5
     rounded = whole + (u >= 1 - (scaled - whole))
     lowest = -(2 ** (word_length - 1)) + (exponent == 127)
     mantissa = torch.maximum(rounded, lowest).clamp(max=2 ** (word_length - 1) - 1)
@@ -73,12 +75,12 @@ def _power_of_two(exponent):
     return ((exponent + 127) << 23).view(torch.float32)
 
 
-def _uniform(seed, x, row_offset, sample):
-    quads = (x.numel() + 3) // 4
-    column = torch.arange(quads, device=x.device)
+def _uniform(seed, x, row_offset, col_offset, sample):
+    first, last = col_offset // 4, (col_offset + x.numel() + 3) // 4
+    column = torch.arange(first, last, device=x.device)
     row = torch.full_like(column, row_offset)
     counters = (column, row & 0xFFFFFFFF, (row >> 32) & 0xFFFFFFFF, torch.full_like(column, sample))
-    words = philox_words_reference(seed, torch.stack(counters, dim=-1)).view(-1)[: x.numel()]
+    words = philox_words_reference(seed, torch.stack(counters, dim=-1)).view(-1)[col_offset % 4 :][: x.numel()]
     return (words >> 8).float() * 2.0**-24
 
 
@@ -116,7 +118,7 @@ def _check_dequantize(mantissa, exponent, word_length) -> None:
 # ---- operators ------------------------------------------------------------------------------------------------------
 
 
-def _block_float_quantize_fake(x, seed, word_length, per_row, row_offset=0, sample=0, stochastic=True):
+def _block_float_quantize_fake(x, seed, word_length, per_row, row_offset=0, col_offset=0, sample=0, stochastic=True):
     _check_quantize(x, word_length, per_row)
     exponent = x.new_empty(x.shape[:1] if per_row else (), dtype=torch.int32)
     return x.new_empty(x.shape, dtype=_mantissa_dtype(word_length)), exponent
@@ -128,8 +130,8 @@ def _block_float_dequantize_fake(mantissa, exponent, word_length):
 
 
 define(
-    "block_float_quantize(Tensor x, Tensor seed, int word_length, bool per_row, SymInt row_offset=0, SymInt sample=0, "
-    "bool stochastic=True) -> (Tensor mantissa, Tensor exponent)",
+    "block_float_quantize(Tensor x, Tensor seed, int word_length, bool per_row, SymInt row_offset=0, "
+    "SymInt col_offset=0, SymInt sample=0, bool stochastic=True) -> (Tensor mantissa, Tensor exponent)",
     reference=block_float_quantize_reference,
     fake=_block_float_quantize_fake,
 )
@@ -176,6 +178,7 @@ def block_float(
     block: str = "tensor",
     stochastic: bool = True,
     row_offset: int = 0,
+    col_offset: int = 0,
     sample: int = 0,
 ) -> torch.Tensor:
     """``x`` rounded to block floating point: what its mantissas and exponents stand for.
@@ -186,18 +189,22 @@ def block_float(
 
     Returns:
         A contiguous tensor of x's shape and dtype; more than 8 bits do not fit bfloat16 and more than 12 not float16,
-        and are rounded once more.
+        and are rounded once more. What would lie outside a dtype of 16 bits is its largest or lowest number.
     """
     name = "block_float"
-    per_row, seed = _check_arguments(name, x, word_length, seed, block, stochastic, row_offset, sample)
+    per_row, seed = _check_arguments(name, x, word_length, seed, block, stochastic, row_offset, col_offset, sample)
     plain = x.detach()
     if composite_needed():
-        parts = block_float_quantize_reference(plain, seed, word_length, per_row, row_offset, sample, stochastic)
+        parts = block_float_quantize_reference(
+            plain, seed, word_length, per_row, row_offset, col_offset, sample, stochastic
+        )
         value = block_float_dequantize_reference(*parts, word_length)
-        return _StraightThroughForward.apply(x, value.to(x.dtype))
+        return _StraightThroughForward.apply(x, _within(value, x.dtype))
     ops = torch.ops.losssurf_fast
-    parts = ops.block_float_quantize.default(plain, seed, word_length, per_row, row_offset, sample, stochastic)
-    value = ops.block_float_dequantize.default(*parts, word_length).to(x.dtype)
+    parts = ops.block_float_quantize.default(
+        plain, seed, word_length, per_row, row_offset, col_offset, sample, stochastic
+    )
+    value = _within(ops.block_float_dequantize.default(*parts, word_length), x.dtype)
     return _StraightThrough.apply(x, value) if x.requires_grad and torch.is_grad_enabled() else value
 
 
@@ -209,6 +216,7 @@ def block_float_quantize(
     block: str = "tensor",
     stochastic: bool = True,
     row_offset: int = 0,
+    col_offset: int = 0,
     sample: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Mantissas and shared exponents of ``x``. Not differentiable; :func:`block_float` is.
@@ -220,6 +228,7 @@ def block_float_quantize(
         block: "tensor" for one exponent, "row" for one for each index of the first dimension.
         stochastic: round up with the probability that keeps the mean; otherwise to the nearest, halves up.
         row_offset: names the tensor: two tensors of one seed round independently where this differs.
+        col_offset: place of x's first element in a larger tensor, whose noise x then takes.
         sample: which of 2^32 independent draws of this seed.
 
     Returns:
@@ -229,8 +238,8 @@ def block_float_quantize(
         TypeError, ValueError: an argument is not of the kind or range above.
     """
     name = "block_float_quantize"
-    per_row, seed = _check_arguments(name, x, word_length, seed, block, stochastic, row_offset, sample)
-    arguments = (x.detach(), seed, word_length, per_row, row_offset, sample, stochastic)
+    per_row, seed = _check_arguments(name, x, word_length, seed, block, stochastic, row_offset, col_offset, sample)
+    arguments = (x.detach(), seed, word_length, per_row, row_offset, col_offset, sample, stochastic)
     if composite_needed():
         return block_float_quantize_reference(*arguments)
     return torch.ops.losssurf_fast.block_float_quantize.default(*arguments)
@@ -240,7 +249,8 @@ def block_float_dequantize(mantissa: torch.Tensor, exponent: torch.Tensor, word_
     """The float32 values that :func:`block_float_quantize` stands for, in mantissa's shape.
 
     Raises:
-        TypeError, ValueError: the tensors are not such a pair, or word_length not that of their making.
+        TypeError, ValueError: dtypes or shapes are not those of such a pair for this word_length. The numbers are not
+            looked at: exponents outside [-126, 128] give values without meaning.
     """
     name = "block_float_dequantize"
     for argument, value in (("mantissa", mantissa), ("exponent", exponent)):
@@ -252,7 +262,16 @@ def block_float_dequantize(mantissa: torch.Tensor, exponent: torch.Tensor, word_
     return torch.ops.losssurf_fast.block_float_dequantize.default(mantissa, exponent, word_length)
 
 
-def _check_arguments(name, x, word_length, seed, block, stochastic, row_offset, sample) -> tuple[bool, torch.Tensor]:
+def _within(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """``value`` in ``dtype``, whose range the lowest mantissa may lie below."""
+    if dtype.itemsize == 2:
+        value = value.clamp(torch.finfo(dtype).min, torch.finfo(dtype).max)
+    return value.to(dtype)
+
+
+def _check_arguments(
+    name, x, word_length, seed, block, stochastic, row_offset, col_offset, sample
+) -> tuple[bool, torch.Tensor]:
     """Whether blocks are rows, and the seed as a tensor."""
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"{name}: x must be a tensor, got {type(x).__name__}")
@@ -262,9 +281,7 @@ def _check_arguments(name, x, word_length, seed, block, stochastic, row_offset, 
     if not isinstance(stochastic, bool):
         raise TypeError(f"{name}: stochastic must be a bool, got {type(stochastic).__name__}")
     _check_quantize(x, word_length, block == "row", name)
-    check_stream(name, row_offset, 0, sample, 0)
-    if x.numel() > MAX_COLUMNS:
-        raise ValueError(f"{name}: x must hold at most 2**34 elements, got {x.numel()}")
+    check_stream(name, row_offset, col_offset, sample, x.numel())
     return block == "row", as_seed(name, seed if stochastic else 0, x.device)
 
 
