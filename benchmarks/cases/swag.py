@@ -73,16 +73,20 @@ def eager_sample(mean, m2, deviations):
 
 def _sample(shapes):
     def setup(device: torch.device) -> Setup:
-        mean, m2, deviations = _state(shapes, device)
-        flat = torch.cat([t.view(-1) for t in mean]), torch.cat([t.view(-1) for t in m2]), torch.cat(deviations, 1)
-        z2 = torch.randn(RANK, device=device)
-        out = [torch.empty_like(t) for t in mean]
+        state = _state(shapes, device)
+        out = [torch.empty_like(t) for t in state[0]]
+
+        def flat():  # a copy for each provider: what one has just read would be in the last cache for the next
+            mean, m2, deviations = state
+            return torch.cat([t.view(-1) for t in mean]), torch.cat([t.view(-1) for t in m2]), torch.cat(deviations, 1)
+
+        eager, compiled, columns, z2 = flat(), flat(), flat()[2], torch.randn(RANK, device=device)
         providers = {
-            "eager": lambda: eager_sample(*flat),
-            "compiled": lambda: eager_sample(*flat),
-            "ours": lambda: swag_sample(mean, m2, deviations, COLLECTED, 0, out=out),
+            "eager": lambda: eager_sample(*eager),
+            "compiled": lambda: eager_sample(*compiled),
+            "ours": lambda: swag_sample(*state, COLLECTED, 0, out=out),
         }
-        return Setup((), providers, lambda: torch.mv(flat[2].t(), z2))
+        return Setup((), providers, lambda: torch.mv(columns.t(), z2))
 
     return setup
 
