@@ -101,53 +101,34 @@ def _model(shapes, dtype, average_dtype=None):
 
 def cases(tiny: bool = False) -> list[Case]:
     small, large = (TINY, TINY[:2]) if tiny else (SMALL, LARGE)
+
+    def case(op, variant, shapes, dtype, setup, width, flops=2, goal=None, headline=False):
+        """``width`` bytes and ``flops`` operations for each element; ``goal`` for one thread."""
+        return Case(
+            op=op,
+            variant=f"{variant}{len(shapes)} tensors",
+            shape=(numel(shapes),),
+            mode="forward",
+            dtype=dtype,
+            setup=setup,
+            bytes=width * numel(shapes),
+            flops=flops * numel(shapes),
+            targets={} if goal is None else {1: goal},
+            headline=headline,
+        )
+
+    lerp = functools.partial(lerp_, weight=WEIGHT)
     result = []
-    for dtype, width in (("fp32", 4), ("bf16", 2)):
-        eager = eager_lerp if dtype == "fp32" else eager_lerp_widening
-        ours = functools.partial(lerp_, weight=WEIGHT)
-        goals = {"fp32": ({}, {1: 0.95}), "bf16": ({1: 4.0}, {1: 2.0})}[dtype]
+    for dtype, width, eager, goals, model_goal in (
+        ("fp32", 12, eager_lerp, (None, 0.95), 4.0),
+        ("bf16", 10, eager_lerp_widening, (4.0, 2.0), None),
+    ):
         for shapes, goal in zip((small, large), goals, strict=True):
-            operator = Case(
-                op="lerp_",
-                variant=f"{len(shapes)} tensors",
-                shape=(numel(shapes),),
-                mode="forward",
-                dtype=dtype,
-                setup=_operator(shapes, dtype, eager, ours),
-                bytes=(8 + width) * numel(shapes),
-                flops=2 * numel(shapes),
-                targets=goal,
-                headline=True,
-            )
-            model = Case(
-                op="AveragedModel",
-                variant=f"{len(shapes)} tensors",
-                shape=(numel(shapes),),
-                mode="forward",
-                dtype=dtype,
-                setup=_model(shapes, dtype),
-                bytes=(8 + width) * numel(shapes),
-                flops=2 * numel(shapes),
-                targets={1: 4.0} if dtype == "fp32" else {},
-                headline=True,
-            )
-            result += [operator, model]
-    three = Case(
-        op="ema_",
-        variant=f"3 decays, {len(small)} tensors",
-        shape=(numel(small),),
-        mode="forward",
-        setup=_operator(small, "fp32", eager_ema, lambda a, v: ema_(a, v, (0.9, 0.99, 0.999)), copies=3),
-        bytes=(3 * 8 + 4) * numel(small),
-        flops=6 * numel(small),
-    )
-    eight_bits = Case(
-        op="AveragedModel",
-        variant=f"int8, {len(small)} tensors",
-        shape=(numel(small),),
-        mode="forward",
-        setup=_model(small, "fp32", torch.int8),
-        bytes=6 * numel(small),
-        flops=0,
-    )
-    return [*result, three, eight_bits]
+            operator = _operator(shapes, dtype, eager, lerp)
+            result.append(case("lerp_", "", shapes, dtype, operator, width, goal=goal, headline=True))
+            model = _model(shapes, dtype)
+            result.append(case("AveragedModel", "", shapes, dtype, model, width, goal=model_goal, headline=True))
+    three = _operator(small, "fp32", eager_ema, lambda a, v: ema_(a, v, (0.9, 0.99, 0.999)), copies=3)
+    result.append(case("ema_", "3 decays, ", small, "fp32", three, 28, flops=6))
+    result.append(case("AveragedModel", "int8, ", small, "fp32", _model(small, "fp32", torch.int8), 6, flops=0))
+    return result
