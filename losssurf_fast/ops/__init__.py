@@ -5,6 +5,7 @@ import importlib.util
 from losssurf_fast._library import explain_missing
 from losssurf_fast.ops.averaging import ema_, lerp_
 from losssurf_fast.ops.block_float import block_float, block_float_dequantize, block_float_quantize
+from losssurf_fast.ops.curve import curve_coefficients, curve_weights
 from losssurf_fast.ops.kl import kl_ard, kl_log_uniform, kl_normal
 from losssurf_fast.ops.lrt import lrt_linear, lrt_sample
 from losssurf_fast.ops.noise import philox_normal
@@ -25,6 +26,8 @@ __all__ = [
     "block_float",
     "block_float_dequantize",
     "block_float_quantize",
+    "curve_coefficients",
+    "curve_weights",
     "ema_",
     "kl_ard",
     "kl_log_uniform",
