@@ -11,8 +11,8 @@ Source: Garipov et al., "Loss surfaces, mode connectivity, and fast ensembling o
 gives the talk's two formulas.
 
 K bends, P tensors in each, j and p their numbers. Numerics: in fp32 whatever the dtype, in fp64 for fp64; the sum runs
-by fma in the order of j, starting from c_0 w_0, so every backend returns the same bits. Kernels do not read a bend whose
-coefficient is 0 (a chain has K - 2 such bends). Gradients, with g_p that of weight p::
+by fma in the order of j, starting from c_0 w_0, so every backend returns the same bits. Kernels do not read a bend with
+coefficient 0 (a chain has K - 2 such bends). Gradients, with g_p that of weight p::
 
     d/dw_jp = c_j g_p                 d/dc_j = sum_p <g_p, w_jp>
 
@@ -78,7 +78,7 @@ def check_t(caller: str, t) -> torch.Tensor:
     if not t.is_floating_point():
         raise TypeError(f"{caller}: t must have a floating dtype, got {t.dtype}")
     visible = t.device.type == "cpu" and not torch.compiler.is_compiling() and not composite_needed()
-    if visible and t.numel() and not (0 <= t.min() and t.max() <= 1):  # NaN fails it, too
+    if visible and t.numel() and not (t.min() >= 0 and t.max() <= 1):  # NaN fails it, too
         raise ValueError(f"{caller}: t must lie in [0, 1], got {t.min().item():g} to {t.max().item():g}")
     return t
 
