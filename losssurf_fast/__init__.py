@@ -26,6 +26,7 @@ from losssurf_fast.averaging import (
     update_bn,
 )
 from losssurf_fast.conversion import ConversionReport, conversion_report, to_lrt
+from losssurf_fast.curve import Curve
 from losssurf_fast.objective import ELBOLoss, kl_divergence
 from losssurf_fast.prediction import predict, prediction
 
@@ -35,6 +36,7 @@ __all__ = [
     "SWAG",
     "AveragedModel",
     "ConversionReport",
+    "Curve",
     "ELBOLoss",
     "FGETriangleLR",
     "SWAConstantLR",

@@ -1,7 +1,8 @@
 """A live model with the averages in its place, for as long as a ``with`` block."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from itertools import chain
 
 import torch
@@ -40,13 +41,25 @@ def averaged_weights(model: nn.Module, average) -> Iterator[nn.Module]:
         raise TypeError(f"{_NAME}: model must be a torch.nn.Module, got {type(model).__name__}")
     averages = _averages_of(average)
     parameters, buffers = tensors.named_parameters(model), tensors.named_buffers(model)
-    everything = parameters | buffers
-    tensors.match(_NAME, averages, everything if any(name in averages for name in buffers) else parameters)
-    copies = {id(t): tensors.local(t).detach().clone() for t in everything.values()}
+    wanted = parameters | buffers if any(name in averages for name in buffers) else parameters
+    tensors.match(_NAME, averages, wanted)
+    with restored(model) as write:
+        write({name: tensors.local(t) for name, t in averages.items()})
+        yield model
+
+
+@contextlib.contextmanager
+def restored(model: nn.Module) -> Iterator[Callable[[dict[str, torch.Tensor]], None]]:
+    """Undo at the end of the block, also after an exception, what it does to the model's parameters and buffers.
+
+    Yields:
+        A function that copies tensors (a shard's: what lies on this rank) into the model under their names; it leaves
+        tensors of other names as they are.
+    """
+    copies = {id(t): tensors.local(t).detach().clone() for t in _all_names(model).values()}
     saved = {name: copies[id(t)] for name, t in _all_names(model).items()}
     try:
-        _write(model, {name: tensors.local(t) for name, t in averages.items()})
-        yield model
+        yield functools.partial(_write, model)
     finally:
         _write(model, saved)
 

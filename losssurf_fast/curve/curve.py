@@ -1,0 +1,74 @@
+"""A path between networks as a module: its weights are made anew for every forward (ops/curve.py has the formulas)."""
+
+import contextlib
+import copy
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import nn
+
+from losssurf_fast.averaging import tensors
+from losssurf_fast.curve.bends import Places, parameter_tree
+from losssurf_fast.ops.curve import check_kind, check_t, curve_coefficients, curve_weights
+
+
+class Curve(nn.Module):
+    """A curve in weight space whose bends are parameters."""
+
+    def __init__(
+        self,
+        models: Sequence[nn.Module],
+        *,
+        kind: str = "bezier",
+        num_bends: int = 3,
+        fix_start: bool = True,
+        fix_end: bool = True,
+        init: str = "linear",
+    ):
+        super().__init__()
+        check_kind("Curve", num_bends, kind)
+        self.kind, self.num_bends = kind, num_bends
+        start, end = (tensors.named_parameters(model) for model in models)
+        tensors.match("Curve", start, end)
+        trainable = {name: p.requires_grad for name, p in start.items()}
+        trees = []
+        for j in range(num_bends):
+            at = j / (num_bends - 1)
+            fixed = (j == 0 and fix_start) or (j == num_bends - 1 and fix_end)
+            values = {name: torch.lerp(p.detach(), end[name].detach(), at) for name, p in start.items()}
+            trees.append(parameter_tree({n: nn.Parameter(v, trainable[n] and not fixed) for n, v in values.items()}))
+        self.bends = nn.ModuleList(trees)
+        self.module = copy.deepcopy(tensors.unwrap(models[0]))
+        object.__setattr__(self, "_places", Places(self.module))
+
+    def coefficients(self, t: float | torch.Tensor) -> torch.Tensor:
+        device = next(self.bends.parameters()).device
+        return curve_coefficients(check_t("Curve", t).to(device), self.num_bends, self.kind)
+
+    def weights(self, t: float | torch.Tensor) -> dict[str, torch.Tensor]:
+        """The weights at ``t``, by the model's names; gradients flow to the bends and to t."""
+        bends = [dict(bend.named_parameters()) for bend in self.bends]
+        found = curve_weights([list(bend.values()) for bend in bends], self.coefficients(t))
+        return dict(zip(bends[0], found, strict=True))
+
+    def sample_t(self) -> torch.Tensor:
+        return torch.rand((), device=next(self.bends.parameters()).device)
+
+    def forward(self, *args, t: float | torch.Tensor | None = None, **kwargs):
+        self._places.install(self.weights(self.sample_t() if t is None else t))
+        return self.module(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def at(self, t: float | torch.Tensor) -> Iterator[nn.Module]:
+        """``module`` with the weights at ``t``, without gradients, for a ``with`` block."""
+        with torch.no_grad():
+            self._places.install(self.weights(t))
+        try:
+            yield self.module
+        finally:
+            self._places.remove()
+
+    @torch.no_grad()
+    def module_at(self, t: float | torch.Tensor) -> nn.Module:
+        """A model of its own with the weights at ``t`` as Parameters and a copy of ``module``'s buffers."""
+        return self._places.model_with(self.module, self.weights(t))
