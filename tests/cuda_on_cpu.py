@@ -9,6 +9,7 @@ import subprocess
 
 import torch
 from common import BF16, F16, F32, F64
+from torch.utils import cpp_extension
 
 ROOT = pathlib.Path(__file__).parent.parent
 TYPES = (F64, F32, BF16, F16)  # in the order of FloatType
@@ -16,14 +17,18 @@ SIZES = (1, 3, 4, 1000, 0, 1024, 8192, 8197, 20000)
 POINTER, LONG = ctypes.c_void_p, ctypes.c_int64
 
 
-def build(source, folder):
-    """The library of a source, a path from the repository's root."""
+def build(source, folder, *, with_torch=False):
+    """Path of the library that a source becomes; ``source`` is a path from the repository's root."""
     path = folder / "library.so"
     flags = ["-std=c++20", "-O1", "-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas", "-Werror", "-shared", "-fPIC"]
     flags += ["-fsanitize=alignment,bounds", "-fsanitize-undefined-trap-on-error"]  # a GPU would stop there, too
-    flags += [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests/cuda_on_cpu'}", "-x", "c++"]
-    subprocess.run(["g++", *flags, str(ROOT / source), "-o", str(path)], check=True)
-    return ctypes.CDLL(str(path))
+    flags += [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests/cuda_on_cpu'}"]
+    libraries = []
+    if with_torch:
+        flags += [f"-isystem{folder}" for folder in cpp_extension.include_paths()]
+        libraries = [f"-L{folder}" for folder in cpp_extension.library_paths()] + ["-ltorch_cpu", "-lc10"]
+    subprocess.run(["g++", *flags, "-o", str(path), "-x", "c++", str(ROOT / source), *libraries], check=True)
+    return str(path)
 
 
 def draw(dtype, seed, sizes=SIZES, shift=0):

@@ -37,7 +37,7 @@ class SampleOptions(ctypes.Structure):
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
-    found = build("tests/averaging_cuda.cpp", tmp_path_factory.mktemp("cuda"))
+    found = ctypes.CDLL(build("tests/averaging_cuda.cpp", tmp_path_factory.mktemp("cuda")))
     found.visits.restype = found.losssurf_swag_max_rank.restype = LONG
     return found
 

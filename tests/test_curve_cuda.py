@@ -24,7 +24,14 @@ class CurveCoefficients(ctypes.Structure):
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
-    return build("csrc/cuda/curve.cu", tmp_path_factory.mktemp("cuda"))
+    return ctypes.CDLL(build("csrc/cuda/curve.cu", tmp_path_factory.mktemp("cuda")))
+
+
+@pytest.fixture(scope="module")
+def ops(tmp_path_factory):
+    """The operators of the CUDA build, on CPU tensors."""
+    torch.ops.load_library(build("tests/curve_glue.cpp", tmp_path_factory.mktemp("glue"), with_torch=True))
+    return torch.ops.losssurf_cuda_on_cpu
 
 
 def wide(dtype):
@@ -103,7 +110,7 @@ def test_bends_of_coefficient_0_are_not_read(library, dtype, kind):
     for t in (0.0, 0.3, 0.5, 1.0):
         coefficients = curve_coefficients(t, 9, kind)
         unread = set((coefficients == 0).nonzero().flatten().tolist())
-        assert kind == "bezier" and 0 < t < 1 or len(unread) >= 7
+        assert len(unread) == (9 - 2 + (t != 0.3) if kind == "polychain" or t in (0, 1) else 0)
         actual = forward(library, bends, coefficients, unread)
         assert_same(actual, curve_weights_reference(flat(bends), coefficients))
 
@@ -178,7 +185,9 @@ def test_gradients_of_coefficients_add_up_over_dtypes(library):
         grads, bends, coefficients = draw(dtype, 50, sizes), [draw(dtype, j, sizes) for j in range(5)], torch.randn(5)
         needed = some(5, sizes)
         found = backward(library, grads, bends, coefficients, needed, partials)
-        *expected, sums = curve_weights_backward_reference(grads, flat(bends), coefficients.double(), flat(needed), True)
+        *expected, sums = curve_weights_backward_reference(
+            grads, flat(bends), coefficients.double(), flat(needed), True
+        )
         exact += sums
         assert_same([t for t in flat(found) if t is not None], expected)
     torch.testing.assert_close(total(library, partials, F64), exact, rtol=1e-6, atol=0)
@@ -197,6 +206,84 @@ def test_nothing_to_write(library):
     grads, partials = draw(F16, 1, [0, 0]), torch.zeros(2, PARTIALS, dtype=F64)
     backward(library, grads, [draw(F16, j, [0, 0]) for j in range(2)], torch.ones(2), [[True, True]] * 2, partials)
     assert torch.equal(total(library, partials, F32), torch.zeros(2))
+
+
+# ---- operators -------------------------------------------------------------------------------------------------------
+
+
+def any_layout(seed, dtypes=TYPES):
+    """A bend of tensors of every dtype, among them expanded, permuted, with gaps, 0-d and empty ones."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = []
+    for dtype in dtypes:
+        x = torch.randn(4, 6, 5, 8, generator=generator, dtype=F64).to(dtype)
+        views = [x, x.to(memory_format=torch.channels_last), x[:, :1].expand(4, 6, 5, 8), x.permute(3, 1, 0, 2)]
+        views += [x[..., ::2], x[0, 0, 0, 0], x[:0], x.flatten()[1:], x[:1].expand(4, 6, 5, 8).mT]
+        tensors += views[seed % 3 :] + views[: seed % 3] if seed else views
+    return tensors
+
+
+def of_shapes(shapes, bend):
+    """A bend's tensors where they have those shapes, others elsewhere."""
+    return [t if t.shape == s else torch.randn(s).to(t.dtype) for t, s in zip(bend, shapes, strict=True)]
+
+
+def bends_of(count):
+    shapes = [t.shape for t in any_layout(0)]
+    return flat(of_shapes(shapes, any_layout(j)) for j in range(count))
+
+
+def assert_layouts(actual, like):
+    assert [t.stride() for t in actual] == [torch.empty_like(t).stride() for t in like]
+    assert len({t.untyped_storage().data_ptr() for t in actual if t.numel()}) == sum(t.numel() > 0 for t in actual)
+
+
+@pytest.mark.parametrize("dtype", (F32, F64))
+@pytest.mark.parametrize("count", (1, 3, 6))
+def test_operator_equals_reference(ops, count, dtype):
+    bends, coefficients = bends_of(count), torch.randn(2 * count, dtype=dtype)[::2]
+    weights = ops.curve_weights(bends, coefficients)
+    assert_same(weights, curve_weights_reference(bends, coefficients))
+    assert_layouts(weights, bends[: len(weights)])
+    assert ops.curve_weights([], coefficients) == []
+
+
+@pytest.mark.parametrize("sums", (False, True))
+@pytest.mark.parametrize("count", (1, 3, 6))
+def test_operator_of_gradients_equals_reference(ops, count, sums):
+    bends, grads, coefficients = (
+        bends_of(count),
+        of_shapes([t.shape for t in any_layout(0)], any_layout(7)),
+        torch.randn(count),
+    )
+    for bends_given, every in ((bends, 3), (bends, 10**6), ([], 2)):
+        if sums and not bends_given:
+            continue
+        needed = [i % every != 0 and i % len(grads) != 1 for i in range(len(bends))]
+        arguments = grads, bends_given, coefficients, needed, sums
+        found, expected = ops.curve_weights_backward(*arguments), curve_weights_backward_reference(*arguments)
+        if sums:
+            actual, exact = found.pop(), expected.pop()
+            assert actual.dtype == F32
+            torch.testing.assert_close(actual, exact, rtol=1e-6, atol=1e-6)
+        assert_same(found, expected)
+        assert_layouts(found, [(bends_given or grads)[i % len(grads)] for i, need in enumerate(needed) if need])
+
+
+def test_operators_refuse(ops):
+    many, bend = torch.zeros(2325), torch.zeros(3)
+    with pytest.raises(ValueError, match="curve_weights: coefficients must be at most 2324 on a GPU, got 2325"):
+        ops.curve_weights([bend] * 2325, many)
+    with pytest.raises(
+        ValueError, match="curve_weights_backward: coefficients must be at most 2324 on a GPU, got 2325"
+    ):
+        ops.curve_weights_backward([bend], [], many, [True] * 2325, False)
+    with pytest.raises(
+        ValueError, match=r"curve_weights: bends\[1\]\[0\] must have the shape \(3,\) of bends\[0\]\[0\]"
+    ):
+        ops.curve_weights([bend, torch.zeros(4)], torch.zeros(2))
+    with pytest.raises(ValueError, match="curve_weights_backward: needed must hold 2 flags, got 1"):
+        ops.curve_weights_backward([bend], [bend, bend], torch.zeros(2), [True], False)
 
 
 @pytest.mark.parametrize("op", ["curve_weights", "curve_weights_backward"])
