@@ -1,5 +1,5 @@
-// curve.cu as the operators curve_weights and curve_weights_backward. Every result has an allocation of its own: torch's
-// allocator reuses memory by allocations, and record_stream on a part of one is silently without effect.
+// curve.cu as the operators curve_weights and curve_weights_backward. Every result has an allocation of its own: of a
+// storage inside of one, torch's allocator would not hear by record_stream that another stream still reads it.
 #include "../curve_checks.h"
 
 #include <ATen/ops/empty.h>
