@@ -21,7 +21,7 @@ SHAPES = [(3, 2), (), (0, 2), (5,)]
 
 def trainable(bends, *which):
     """The bends, of which those numbered require grad."""
-    return [[b.clone().requires_grad_(j in which) for b in bend] for j, bend in enumerate(bends)]
+    return [[b.detach().clone().requires_grad_(j in which) for b in bend] for j, bend in enumerate(bends)]
 
 
 def in_lists(function, tensors, num_bends=3):
@@ -105,10 +105,9 @@ def test_a_bend_changed_before_backward_is_an_error_where_it_is_needed():
         bends[0][3].add_(1)
         if grad_of_t:
             with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-                weights[0].sum().backward()
                 weights[3].sum().backward()
         else:
-            weights[0].sum().backward()
+            weights[3].sum().backward()
     coefficients = curve_coefficients(0.3, 3)
     (weight,) = curve_weights(trainable(bends_of(F32, 3, [(3,)]), 1), coefficients)
     coefficients.mul_(2)
