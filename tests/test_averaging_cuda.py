@@ -1,27 +1,18 @@
-"""The CUDA kernels of the averaging family without a GPU: their source as plain C++, against the references.
-
-cuda_on_cpu/ stands in for CUDA's headers and runs a kernel's blocks and threads one after the other.
-"""
+"""The CUDA kernels of the averaging family without a GPU (cuda_on_cpu.py): their source, against the references."""
 
 import ctypes
 import itertools
 import math
-import pathlib
-import subprocess
 
 import numpy as np
 import pytest
 import torch
 from common import BF16, F16, F32, F64
+from cuda_on_cpu import LONG, POINTER, SIZES, TYPES, assert_same, build, draw, pointer
 
 import losssurf_fast as lsf
 from losssurf_fast.ops.averaging import lerp_reference
 from losssurf_fast.ops.swag import swag_collect_reference, swag_sample_reference
-
-ROOT = pathlib.Path(__file__).parent.parent
-TYPES = (F64, F32, BF16, F16)  # in the order of FloatType
-SIZES = (1, 3, 4, 1000, 0, 1024, 8192, 8197, 20000)
-POINTER, LONG = ctypes.c_void_p, ctypes.c_int64
 
 
 class LerpTensors(ctypes.Structure):
@@ -46,33 +37,13 @@ class SampleOptions(ctypes.Structure):
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
-    path = tmp_path_factory.mktemp("cuda") / "averaging_cuda.so"
-    flags = ["-std=c++20", "-O1", "-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas", "-Werror", "-shared", "-fPIC"]
-    flags += ["-fsanitize=alignment,bounds", "-fsanitize-undefined-trap-on-error"]  # a GPU would stop there, too
-    flags += [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests/cuda_on_cpu'}"]
-    subprocess.run(["g++", *flags, str(ROOT / "tests/averaging_cuda.cpp"), "-o", str(path)], check=True)
-    found = ctypes.CDLL(str(path))
+    found = ctypes.CDLL(build("tests/averaging_cuda.cpp", tmp_path_factory.mktemp("cuda")))
     found.visits.restype = found.losssurf_swag_max_rank.restype = LONG
     return found
 
 
-def draw(dtype, seed, sizes=SIZES, shift=0):
-    """Tensors of these sizes, whose memory starts `shift` elements after an aligned address."""
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(n + shift, generator=generator, dtype=F64).to(dtype)[shift:] for n in sizes]
-
-
 def clones(tensors):
     return [torch.empty(t.numel() + 4, dtype=t.dtype)[4:].copy_(t) for t in tensors]  # as aligned as 4 elements are
-
-
-def assert_same(actual, expected):
-    for a, b in zip(actual, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
-
-
-def pointer(tensor):
-    return None if tensor is None else tensor.data_ptr()
 
 
 # ---- lerp_, ema_ -----------------------------------------------------------------------------------------------------

@@ -52,21 +52,41 @@ template <class F, class T, int N> LSF_INLINE void load_pack(const T* from, F (&
 #pragma unroll
   for (int i = 0; i < N; ++i) convert(pack.value[i], x[i]);
 }
-template <class F, class T, int N> LSF_INLINE void store_pack(const F (&x)[N], T* to) {
+// One instruction each: left to itself, the compiler may write the parts of a word one by one.
+LSF_INLINE void write_word(uint4* to, uint4 word) {
+#ifdef __CUDA_ARCH__
+  asm("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "r"(word.x), "r"(word.y),
+      "r"(word.z), "r"(word.w) : "memory");
+#else
+  *to = word;
+#endif
+}
+LSF_INLINE void write_word(uint2* to, uint2 word) {
+#ifdef __CUDA_ARCH__
+  asm("st.global.v2.b32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(to)), "r"(word.x), "r"(word.y) : "memory");
+#else
+  *to = word;
+#endif
+}
+LSF_INLINE void write_word(uint32_t* to, uint32_t word) { *to = word; }
+// Calls write(to, word) for the words of a pack.
+template <class F, class T, int N, class Write> LSF_INLINE void write_pack(const F (&x)[N], T* to, const Write& write) {
+  constexpr int kBytes = sizeof(Pack<T, N>);
+  using Word = std::conditional_t<kBytes % 16 == 0, uint4, std::conditional_t<kBytes == 8, uint2, uint32_t>>;
+  constexpr int kWords = kBytes / static_cast<int>(sizeof(Word));
   Pack<T, N> pack;
 #pragma unroll
   for (int i = 0; i < N; ++i) convert(x[i], pack.value[i]);
-  *reinterpret_cast<Pack<T, N>*>(to) = pack;
+#pragma unroll
+  for (int k = 0; k < kWords; ++k) write(reinterpret_cast<Word*>(to) + k, reinterpret_cast<const Word*>(&pack)[k]);
+}
+template <class F, class T> LSF_INLINE void store_pack(const F (&x)[1], T* to) { convert(x[0], *to); }
+template <class F, class T, int N> LSF_INLINE void store_pack(const F (&x)[N], T* to) {
+  write_pack(x, to, [](auto* at, auto word) { write_word(at, word); });
 }
 // The same past the caches, for what is not read again.
 template <class F, class T, int N> LSF_INLINE void stream_pack(const F (&x)[N], T* to) {
-  using Word = std::conditional_t<sizeof(Pack<T, N>) % 16 == 0, uint4, uint2>;
-  Pack<T, N> pack;
-#pragma unroll
-  for (int i = 0; i < N; ++i) convert(x[i], pack.value[i]);
-#pragma unroll
-  for (size_t k = 0; k < sizeof pack / sizeof(Word); ++k)
-    __stcs(reinterpret_cast<Word*>(to) + k, reinterpret_cast<const Word*>(&pack)[k]);
+  write_pack(x, to, [](auto* at, auto word) { __stcs(at, word); });
 }
 
 }  // namespace

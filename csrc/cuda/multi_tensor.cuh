@@ -22,10 +22,11 @@ constexpr size_t kArguments = 32764;
 #endif
 constexpr size_t kFunctorArguments = 128;
 
-// A Row describes one tensor to the kernel: pointers, and its number of elements as `numel`.
-template <class Row, int Chunk> struct Table {
+// A Row describes one tensor to the kernel: pointers, and its number of elements as `numel`. What inherits from a table
+// may use Extra bytes.
+template <class Row, int Chunk, size_t Extra = 0> struct Table {
   static constexpr int kChunk = Chunk;
-  static constexpr int kRows = (kArguments - kFunctorArguments - 8) / (sizeof(Row) + sizeof(int64_t));
+  static constexpr int kRows = (kArguments - kFunctorArguments - 8 - Extra) / (sizeof(Row) + sizeof(int64_t));
   int64_t rows = 0;
   int64_t ends[kRows];  // how many chunks the tensors up to and with this one have
   Row row[kRows];

@@ -52,9 +52,11 @@ inline void run_block(std::function<void()> body) {
     fiber.done = false;
     makecontext(&fiber.context, [] { fiber_body(), fibers[threadIdx.x].done = true; }, 0);
   }
-  for (bool any = true; any;) {
+  bool any = true;
+  for (int round = 0; any; ++round) {
     any = false;
-    for (threadIdx.x = 0; threadIdx.x < kFibers; ++threadIdx.x) {
+    for (int i = 0; i < kFibers; ++i) {
+      threadIdx.x = (round + blockIdx.x) % 2 ? i : kFibers - 1 - i;  // forwards, then backwards: races show
       Fiber& fiber = fibers[threadIdx.x];
       if (!fiber.done) any = true, swapcontext(&scheduler, &fiber.context);
     }
