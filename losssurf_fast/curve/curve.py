@@ -9,7 +9,10 @@ from torch import nn
 
 from losssurf_fast.averaging import tensors
 from losssurf_fast.curve.bends import Places, parameter_tree
+from losssurf_fast.curve.geometry import Geometry, even_points
 from losssurf_fast.ops.curve import check_kind, check_t, curve_coefficients, curve_weights
+
+T_SAMPLINGS = ("uniform", "arc_length")
 
 
 class Curve(nn.Module):
@@ -24,10 +27,13 @@ class Curve(nn.Module):
         fix_start: bool = True,
         fix_end: bool = True,
         init: str = "linear",
+        t_sampling: str = "uniform",
     ):
         super().__init__()
         check_kind("Curve", num_bends, kind)
-        self.kind, self.num_bends = kind, num_bends
+        if t_sampling not in T_SAMPLINGS:
+            raise ValueError(f"Curve: t_sampling must be one of {T_SAMPLINGS}, got {t_sampling!r}")
+        self.kind, self.num_bends, self.t_sampling = kind, num_bends, t_sampling
         start, end = (tensors.named_parameters(model) for model in models)
         tensors.match("Curve", start, end)
         trainable = {name: p.requires_grad for name, p in start.items()}
@@ -52,11 +58,42 @@ class Curve(nn.Module):
         return dict(zip(bends[0], found, strict=True))
 
     def sample_t(self) -> torch.Tensor:
-        return torch.rand((), device=next(self.bends.parameters()).device)
+        """A t in [0, 1], uniform or (``t_sampling="arc_length"``) uniform in arc length."""
+        u = torch.rand((), device=next(self.bends.parameters()).device)
+        if self.t_sampling == "uniform":
+            return u
+        with torch.no_grad():
+            return self.geometry().quantile(u)
 
     def forward(self, *args, t: float | torch.Tensor | None = None, **kwargs):
         self._places.install(self.weights(self.sample_t() if t is None else t))
         return self.module(*args, **kwargs)
+
+    def geometry(self) -> Geometry:
+        """Lengths of the curve as it is now, from one pass over the bends; gradients flow to those that need them."""
+        return Geometry.of([list(bend.parameters()) for bend in self.bends], self.kind)
+
+    def length(self, num_points: int | None = None) -> torch.Tensor:
+        """The curve's length over its parameters, a float64 scalar that gradients flow through.
+
+        None gives the arc length (exact for a chain, by quadrature for a bezier curve); a number that of the straight
+        lines between so many points at even steps of t, the sum of ``dl`` in :func:`losssurf_fast.evaluate_curve`.
+        """
+        if num_points is None:
+            return self.geometry().length()
+        geometry = self.geometry()
+        return geometry.chords(even_points("Curve.length", num_points).to(geometry.gram.device)).sum()
+
+    def arc_weight(self, t: float | torch.Tensor) -> torch.Tensor:
+        """|w'(t)| / length in t's shape, float64: the density of t under which the curve's points are uniform.
+
+        ``loss_fn(curve(x, t=t), y) * curve.arc_weight(t)`` with uniform t has the talk's loss by arc length as its
+        mean, and its gradient that of this loss: the weight is differentiable in the bends (not if these are sharded)
+        and in t. ``t_sampling="arc_length"`` draws t with this density instead: a gradient of less variance, in which
+        the density counts as fixed.
+        """
+        geometry = self.geometry()
+        return geometry.arc_weight(check_t("Curve.arc_weight", t).to(geometry.gram.device))
 
     @contextlib.contextmanager
     def at(self, t: float | torch.Tensor) -> Iterator[nn.Module]:
