@@ -2,14 +2,16 @@
 
 import contextlib
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
 
 from losssurf_fast.averaging import tensors
+from losssurf_fast.averaging.ensemble import Ensemble
+from losssurf_fast.averaging.swap import restored
 from losssurf_fast.curve.bends import Places, parameter_tree
-from losssurf_fast.curve.geometry import Geometry, even_points
+from losssurf_fast.curve.geometry import Geometry, as_points, even_points
 from losssurf_fast.ops.curve import check_kind, check_t, curve_coefficients, curve_weights
 
 T_SAMPLINGS = ("uniform", "arc_length")
@@ -104,6 +106,47 @@ class Curve(nn.Module):
             yield self.module
         finally:
             self._places.remove()
+
+    def predict(
+        self,
+        data: torch.Tensor | Iterable,
+        ts: Sequence[float] | torch.Tensor,
+        *,
+        bn_loader: Iterable | None = None,
+        recalibrate: bool = True,
+        subset: float | int | None = None,
+        device: torch.device | str | int | None = None,
+        forward_kwargs: Mapping | None = None,
+        process_group=None,
+    ) -> torch.Tensor:
+        """Class probabilities ``[..., classes]``: the mean of the softmax over points of the curve.
+
+        Accumulated as a log-mean-exp in float32 (float64 for float64 logits), without gradients, the module in
+        ``eval()``; modes and buffers are as before afterwards. Points whose t is drawn from a trained curve are an
+        ensemble for the price of one training (Garipov et al. 2018, section 5).
+
+        Args:
+            data: an input of the model, or a loader, read once per point and so always in the same order, whose batches
+                are as in :func:`losssurf_fast.update_bn`; the results are concatenated along the first dimension.
+            ts: the points, in [0, 1].
+            bn_loader: where the model has BatchNorm layers, the data by which :func:`losssurf_fast.update_bn` sets
+                their statistics anew at every point.
+            recalibrate: False keeps the statistics that ``module`` has.
+            subset, process_group: for update_bn; where it reduces over ranks, the failure of one is raised on all.
+            device, forward_kwargs: as in update_bn, for both loaders.
+
+        Raises:
+            RuntimeError: another rank failed.
+            TypeError, ValueError: an argument is not as above, a model with BatchNorm layers got no ``bn_loader``,
+                ``data`` can be read only once or is shuffled, or the outputs are no logits.
+        """
+        points, here = as_points("predict", ts), next(self.bends.parameters()).device
+        ensemble = Ensemble(
+            self.module, "point", data, bn_loader, recalibrate, subset, device, forward_kwargs, process_group, here
+        )
+        ensemble.jointly(ensemble.check)
+        with restored(self.module):
+            return ensemble.mean_of_softmax(self.at(t) for t in points)
 
     @torch.no_grad()
     def module_at(self, t: float | torch.Tensor) -> nn.Module:

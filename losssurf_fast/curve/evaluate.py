@@ -11,8 +11,8 @@ from losssurf_fast.averaging.batch_norm import tracking_layers
 from losssurf_fast.averaging.swap import restored
 from losssurf_fast.averaging.tensors import unwrap
 from losssurf_fast.curve.curve import Curve
-from losssurf_fast.curve.geometry import even_points
-from losssurf_fast.curve.report import CurveReport
+from losssurf_fast.curve.geometry import as_points, even_points
+from losssurf_fast.curve.report import CurveReport, check_names
 from losssurf_fast.evaluation import Evaluation, Metric
 
 _NAME = "evaluate_curve"
@@ -68,24 +68,22 @@ def evaluate_curve(
     curve = unwrap(curve)
     if not isinstance(curve, Curve):
         raise TypeError(f"{_NAME}: curve must be a Curve, got {type(curve).__name__}")
-    ts = even_points(_NAME, num_points) if ts is None else _places(ts)
+    ts = even_points(_NAME, num_points) if ts is None else as_points(_NAME, ts)
+    if len(ts) < 2 or not (ts.diff() > 0).all():
+        raise ValueError(f"{_NAME}: ts must be at least two numbers that increase, got {ts.tolist()}")
     if isinstance(weight_decay, bool) or not isinstance(weight_decay, int | float):
         raise TypeError(f"{_NAME}: weight_decay must be a number, got {type(weight_decay).__name__}")
     if not weight_decay >= 0:
         raise ValueError(f"{_NAME}: weight_decay must be at least 0, got {weight_decay}")
-    for name in ("nll", "error") if metrics else ():
-        if name in metrics:
-            raise ValueError(f"{_NAME}: a metric must not be named {name!r}, which the report has")
     named = dict(loaders) if isinstance(loaders, Mapping) else {"data": loaders}
-    if recalibrate and tracking_layers(curve.module):
-        bn_loader = named.get("train") if bn_loader is None else bn_loader
-        if bn_loader is None:
-            raise ValueError(
-                f"{_NAME}: bn_loader must yield the training data, as the BatchNorm statistics of every point are its "
-                "own; a loader named 'train' does as well, and recalibrate=False keeps those of the module"
-            )
-    else:
-        bn_loader = None
+    check_names(_NAME, named, metrics or ())
+    recalibrate = recalibrate and bool(tracking_layers(curve.module))
+    if recalibrate and bn_loader is None and "train" not in named:
+        raise ValueError(
+            f"{_NAME}: bn_loader must yield the training data, as the BatchNorm statistics of every point are its "
+            "own; a loader named 'train' does as well, and recalibrate=False keeps those of the module"
+        )
+    bn_loader = (named["train"] if bn_loader is None else bn_loader) if recalibrate else None
     evaluation = Evaluation(_NAME, named, loss_fn, metrics, bn_loader, device, subset, process_group)
     geometry = curve.geometry()
     on_device = ts.to(geometry.gram.device)
@@ -94,7 +92,7 @@ def evaluate_curve(
         raise ValueError(f"{_NAME}: the curve must have a length, but its bends are all equal")
 
     found = []
-    for t in tqdm(ts.tolist(), desc=_NAME, unit="point", ncols=60, leave=False):
+    for t in tqdm(ts, desc=_NAME, unit="point", ncols=60, leave=False):
         with curve.at(t) as model, restored(model):
             found.append(evaluation.by_loader(model))
     values = {}
@@ -103,16 +101,3 @@ def evaluate_curve(
         nll = columns.pop("loss")
         values[name] = {"loss": nll + weight_decay / 2 * norms**2, "nll": nll, **columns}
     return CurveReport(ts.numpy(), dl, norms, values, float(weight_decay))
-
-
-def _places(ts) -> torch.Tensor:
-    """``ts`` as a float64 tensor on the CPU."""
-    try:
-        result = torch.as_tensor(ts, dtype=torch.float64).detach().cpu()
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"{_NAME}: ts must be numbers in [0, 1], got {type(ts).__name__}: {error}") from None
-    if result.dim() != 1 or len(result) < 2:
-        raise ValueError(f"{_NAME}: ts must be a list of at least two numbers, got shape {tuple(result.shape)}")
-    if not (result[0] >= 0 and result[-1] <= 1 and (result.diff() > 0).all()):
-        raise ValueError(f"{_NAME}: ts must increase and lie in [0, 1], got {result.tolist()}")
-    return result.clone()

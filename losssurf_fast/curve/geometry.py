@@ -40,6 +40,19 @@ def even_points(caller: str, num_points: int) -> torch.Tensor:
     return torch.linspace(0, 1, num_points, dtype=torch.float64)
 
 
+def as_points(caller: str, ts) -> torch.Tensor:
+    """Places on a curve, at least one, as a new float64 tensor [T] on the CPU."""
+    try:
+        result = torch.as_tensor(ts, dtype=torch.float64).detach().cpu().clone()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{caller}: ts must be numbers in [0, 1], got {type(ts).__name__}: {error}") from None
+    if result.dim() != 1 or not len(result):
+        raise ValueError(f"{caller}: ts must be a list of numbers in [0, 1], got the shape {tuple(result.shape)}")
+    if not ((result >= 0) & (result <= 1)).all():
+        raise ValueError(f"{caller}: ts must lie in [0, 1], got {result.tolist()}")
+    return result
+
+
 @dataclass(frozen=True)
 class Geometry:
     """A curve's lengths at the moment when this was made.
