@@ -66,6 +66,8 @@ class Ensemble:
                 f"predict: bn_loader must yield the training data, as the BatchNorm statistics of every {self.each} "
                 "are its own; recalibrate=False keeps those of module"
             )
+        if not isinstance(self.batches, Iterable):
+            raise TypeError(f"predict: data must be an input or a loader, got {type(self.data).__name__}")
         refuse_single_pass("predict", "data", self.batches, self.each)
         if isinstance(self.data, DataLoader) and isinstance(self.data.sampler, RandomSampler):
             raise ValueError(
