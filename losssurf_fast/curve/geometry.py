@@ -68,7 +68,9 @@ class Geometry:
     @classmethod
     def of(cls, bends: Sequence[Sequence[torch.Tensor]], kind: str) -> "Geometry":
         """Of K lists of tensors; gradients flow to those that require them."""
-        return cls(kind, _Gram.apply(len(bends), *(t for bend in bends for t in bend)))
+        flat = [t for bend in bends for t in bend]
+        wanted = torch.is_grad_enabled() and any(t.requires_grad for t in flat)
+        return cls(kind, _Gram.apply(len(bends), *flat) if wanted else _gram(bends))
 
     @property
     def num_bends(self) -> int:
@@ -113,7 +115,8 @@ class Geometry:
         ends = torch.cat([speed.new_zeros(1), speed.cumsum(0)])
         target = u.double() * ends[-1]
         cell = (torch.searchsorted(ends, target, right=True) - 1).clamp(0, cells - 1)
-        along = (target - ends[cell]) / torch.where(speed[cell] > 0, speed[cell], 1)
+        here = speed.take(cell)  # an index would wait for the device
+        along = (target - ends.take(cell)) / torch.where(here > 0, here, 1)
         return ((cell + along.clamp(0, 1)) / cells).clamp(0, 1).to(u.dtype)
 
     def _cells(self, count: int) -> torch.Tensor:
