@@ -27,7 +27,7 @@ from losssurf_fast.ops.curve import curve_coefficients, curve_weights
 
 CELLS = 512  # of the grid by which t is drawn on a bezier curve
 _NODES, _WEIGHTS = (torch.from_numpy(x) for x in np.polynomial.legendre.leggauss(64))
-_CHUNK = {"cpu": 1 << 15}  # elements of a bend at once: what the cache holds
+_CHUNK = {"cpu": 1 << 14}  # elements of a bend at once: what the cache holds
 _CHUNK_ELSEWHERE = 1 << 22
 
 
@@ -167,8 +167,7 @@ class _Gram(torch.autograd.Function):
             )
         size, needed = len(flat) // num_bends, ctx.needs_input_grad[1:]
         bends = [flat[j * size : (j + 1) * size] for j in range(num_bends)]
-        a = torch.eye(num_bends, dtype=g.dtype, device=g.device)
-        a = a - torch.cat([torch.zeros_like(a[:1]), a[:-1]])
+        a = _legs(g)
         m = a.T @ (g + g.T) @ a
         result = []
         for j in range(num_bends):
@@ -184,14 +183,22 @@ def _gram(bends: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
         here = torch.zeros_like(total)
         for rows in _chunks([[local(t).detach().reshape(-1) for t in bend] for bend in placed]):
             rows = rows.double()
-            legs = torch.cat([rows[:1], rows.diff(dim=0)])
-            here += legs @ legs.T
+            rows[1:] -= rows[0]
+            here += rows @ rows.T
         first = placed[0][0]
         if isinstance(first, DTensor):
             sums = [Replicate() if p.is_replicate() else Partial() for p in first.placements]
             here = DTensor.from_local(here, first.device_mesh, sums, run_check=False).full_tensor()
         total += here
-    return total
+    legs = _legs(total)
+    legs[1:, 0] = 0  # the rows are differences from the first already
+    return legs @ total @ legs.T
+
+
+def _legs(like: torch.Tensor) -> torch.Tensor:
+    """The matrix that makes first bend and legs of the bends."""
+    eye = torch.eye(len(like), dtype=like.dtype, device=like.device)
+    return eye - torch.cat([torch.zeros_like(eye[:1]), eye[:-1]])
 
 
 def _by_placement(bends):
@@ -209,16 +216,19 @@ def _chunks(bends: list[list[torch.Tensor]]) -> Iterator[torch.Tensor]:
     limit = _CHUNK.get(bends[0][0].device.type, _CHUNK_ELSEWHERE)
     waiting, size = [], 0
     for tensors in zip(*bends, strict=True):
-        for pieces in zip(*(t.split(limit) for t in tensors), strict=True):
-            if size + len(pieces[0]) > limit:
-                yield _matrix(waiting)
-                waiting, size = [], 0
-            waiting.append(pieces)
-            size += len(pieces[0])
+        numel = tensors[0].numel()
+        if numel > limit:
+            yield from (torch.stack([t[i : i + limit] for t in tensors]) for i in range(0, numel, limit))
+            continue
+        if size + numel > limit:
+            yield _matrix(waiting)
+            waiting, size = [], 0
+        waiting.append(tensors)
+        size += numel
     if waiting:
         yield _matrix(waiting)
 
 
-def _matrix(pieces: list[tuple[torch.Tensor, ...]]) -> torch.Tensor:
-    flat = torch.cat([p for bend in zip(*pieces, strict=True) for p in bend])
-    return flat.view(len(pieces[0]), len(flat) // len(pieces[0]))
+def _matrix(columns: list[tuple[torch.Tensor, ...]]) -> torch.Tensor:
+    flat = torch.cat([t for bend in zip(*columns, strict=True) for t in bend])
+    return flat.view(len(columns[0]), flat.numel() // len(columns[0]))
