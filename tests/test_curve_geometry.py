@@ -130,6 +130,14 @@ def test_geometry_quantile_of_pieces_without_length():
         assert still.length() == 0 and torch.equal(still.arc_weight(ends), torch.ones(2, dtype=F64))
 
 
+def test_geometry_nan_is_not_taken_for_zero():
+    curve = Geometry.of([[torch.zeros(2)], [torch.tensor([0.0, torch.nan])], [torch.ones(2)]], "bezier")
+    t = torch.tensor([0.2, 0.7])
+    for value in (curve.length(), curve.speed(t), curve.norm(t), curve.chords(t)[1:], curve.arc_weight(t)):
+        assert value.isnan().all()
+    assert torch.equal(curve.quantile(t), t)
+
+
 # ---- Curve -----------------------------------------------------------------------------------------------------------
 
 

@@ -76,15 +76,15 @@ def evaluate_curve(
     if not weight_decay >= 0:
         raise ValueError(f"{_NAME}: weight_decay must be at least 0, got {weight_decay}")
     named = dict(loaders) if isinstance(loaders, Mapping) else {"data": loaders}
-    check_names(_NAME, named, metrics or ())
     recalibrate = recalibrate and bool(tracking_layers(curve.module))
-    if recalibrate and bn_loader is None and "train" not in named:
+    bn_loader = (named.get("train") if bn_loader is None else bn_loader) if recalibrate else None
+    evaluation = Evaluation(_NAME, named, loss_fn, metrics, bn_loader, device, subset, process_group)
+    check_names(_NAME, named, metrics or ())
+    if recalibrate and bn_loader is None:
         raise ValueError(
             f"{_NAME}: bn_loader must yield the training data, as the BatchNorm statistics of every point are its "
             "own; a loader named 'train' does as well, and recalibrate=False keeps those of the module"
         )
-    bn_loader = (named["train"] if bn_loader is None else bn_loader) if recalibrate else None
-    evaluation = Evaluation(_NAME, named, loss_fn, metrics, bn_loader, device, subset, process_group)
     geometry = curve.geometry()
     on_device = ts.to(geometry.gram.device)
     norms, dl = geometry.norm(on_device).cpu().numpy(), geometry.chords(on_device).cpu().numpy()
@@ -99,5 +99,9 @@ def evaluate_curve(
     for name in named:
         columns = {metric: np.array([point[name][metric] for point in found]) for metric in found[0][name]}
         nll = columns.pop("loss")
-        values[name] = {"loss": nll + weight_decay / 2 * norms**2, "nll": nll, **columns}
+        values[name] = {
+            "loss": nll + weight_decay / 2 * norms**2 if weight_decay else nll.copy(),
+            "nll": nll,
+            **columns,
+        }
     return CurveReport(ts.numpy(), dl, norms, values, float(weight_decay))

@@ -100,14 +100,14 @@ class Geometry:
     def arc_weight(self, t: torch.Tensor) -> torch.Tensor:
         """q(t), float64 in t's shape; 1 on a curve without length."""
         length = self.length()
-        there = length > 0
-        return torch.where(there, self.speed(t) / torch.where(there, length, 1), 1)
+        none = length == 0
+        return torch.where(none, 1, self.speed(t) / torch.where(none, 1, length))
 
     def quantile(self, u: torch.Tensor) -> torch.Tensor:
         """The t below which the fraction ``u`` of the length lies, in u's shape and dtype; so t ~ q for uniform u.
 
-        Exact for a chain; a bezier curve's speed is taken as constant in each of 512 cells. On a curve without length
-        t is u.
+        Exact for a chain; a bezier curve's speed is taken as constant in each of 512 cells. On a curve without length,
+        or with one that is not a number, t is u.
         """
         cells = self.num_bends - 1 if self.kind == "polychain" else CELLS
         speed = self.speed(self._cells(cells))
@@ -140,8 +140,8 @@ class Geometry:
     def _root(x: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
         """sqrt(x^T G x), whose gradient is 0 where it is 0."""
         square = ((x @ gram) * x).sum(-1)
-        positive = square > 0
-        return torch.where(positive, torch.where(positive, square, 1).sqrt(), 0)
+        zero = square <= 0  # by rounding below; NaN stays
+        return torch.where(zero, 0, torch.where(zero, 1, square).sqrt())
 
 
 class _Gram(torch.autograd.Function):
