@@ -4,18 +4,16 @@ Source: Garipov et al., "Loss surfaces, mode connectivity, and fast ensembling o
 """
 
 import contextlib
-import dataclasses
-import weakref
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from losssurf_fast._library import composite_needed
 from losssurf_fast.averaging import tensors
 from losssurf_fast.curve import endpoints, sharding
 from losssurf_fast.curve.bends import Bends, Places, combined, parameter_tree
+from losssurf_fast.curve.recompute import in_backward, prepare_backward
 from losssurf_fast.ops.curve import check_kind, check_t, curve_coefficients, curve_weights
 
 _NAME = "Curve"
@@ -188,28 +186,18 @@ class Curve(nn.Module):
         """
         t = self.sample_t() if t is None else self._as_t(t)
         weights = self._weights(t)
-        self._last_t, self._last_weights = t, None
-        if torch.compiler.is_compiling() or composite_needed() or not torch.is_grad_enabled():
+        passing = torch.compiler.is_compiling() or composite_needed() or not torch.is_grad_enabled()
+        self._last_t, self._last_weights = t, None if passing else weights
+        if passing or in_backward():  # where activation checkpointing runs the curve again
             with self._places.installed_for(weights):
-                return self.module(*args, **kwargs)
-        self._last_weights = weights
-        self._places.install(weights)
-        with self._places.registered():
-            outputs = self.module(*args, **kwargs)
-        self._reinstall_before_backward(outputs, weights)
+                outputs = self.module(*args, **kwargs)
+        else:
+            self._places.install(weights)
+            with self._places.registered():
+                outputs = self.module(*args, **kwargs)
+        if not passing:
+            prepare_backward(self, t, weights, outputs)
         return outputs
-
-    def _reinstall_before_backward(self, outputs, weights: dict[str, torch.Tensor]) -> None:
-        """Other forwards may come before this one's backward, in which activation checkpointing asks for weights."""
-        places = weakref.ref(self._places)  # the module may keep its outputs, and then itself alive
-
-        def reinstall(_):
-            if (found := places()) is not None and found.installed is not weights:
-                found.install(weights)
-
-        for leaf in _leaves(outputs):
-            if isinstance(leaf, torch.Tensor) and leaf.grad_fn is not None:
-                leaf.register_hook(reinstall)
 
     @contextlib.contextmanager
     def at(self, t: float | torch.Tensor) -> Iterator[nn.Module]:
@@ -282,17 +270,6 @@ def _bend(
         return at(points[min(j, 1)])
     first, last = at(points[0]), at(points[1])
     return {name: torch.lerp(p, last[name], j / (num_bends - 1)) for name, p in first.items()}
-
-
-def _leaves(outputs) -> list:
-    """The tensors among what a network returns, also in a dataclass."""
-    leaves = []
-    for leaf in pytree.tree_leaves(outputs):
-        if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
-            leaves += _leaves([getattr(leaf, field.name) for field in dataclasses.fields(leaf)])
-        else:
-            leaves.append(leaf)
-    return leaves
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
