@@ -1,4 +1,4 @@
-"""Checkpoints of dnn-mode-connectivity, the code of Garipov et al. (2018), whose layers hold ``weight_0``, ``weight_1``.
+"""Checkpoints of dnn-mode-connectivity, the code of Garipov et al. (2018): layers hold ``weight_0``, ``weight_1`` ...
 
 Its ``CurveNet`` has ``net.<layer>.<parameter>_<bend>``, the buffers ``net.<layer>.<buffer>`` and ``coeff_layer.*``. Its
 curve networks are written anew beside their base networks, with other names for some layers.
