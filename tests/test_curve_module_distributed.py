@@ -19,26 +19,29 @@ import losssurf_fast as lsf
 
 
 class Net(nn.Module):
-    """Rows that two ranks share unevenly (5), or not at all (1), no rows, a scalar, tied and frozen weights, buffers."""
+    """Rows that two ranks share unevenly (5), or not at all (1), tied and frozen weights, buffers.
 
-    def __init__(self, scalar=True):
+    With a scalar and a parameter of no rows, which FSDP2 does not take.
+    """
+
+    def __init__(self, for_fsdp=False):
         super().__init__()
         self.first, self.norm = nn.Linear(4, 5), nn.BatchNorm1d(5)
         self.middle, self.last = nn.Linear(5, 1), nn.Linear(1, 5)
         self.tied = nn.Linear(5, 1)
         self.tied.weight = self.middle.weight
-        self.empty = nn.Parameter(torch.randn(0, 3))
+        self.empty = nn.Parameter(torch.randn(1 if for_fsdp else 0, 3))
         self.frozen = nn.Parameter(torch.randn(5), requires_grad=False)
-        self.scale = nn.Parameter(torch.randn(()) if scalar else torch.randn(1))
+        self.scale = nn.Parameter(torch.randn(1) if for_fsdp else torch.randn(()))
 
     def forward(self, x):
         x = self.last(self.middle(self.norm(self.first(x)).tanh())) * self.scale + self.frozen
         return self.tied(x) + self.empty.sum()
 
 
-def network(scalar=True, **kwargs):
+def network(for_fsdp=False, **kwargs):
     torch.manual_seed(3)
-    models = [Net(scalar).double() for _ in range(2)]
+    models = [Net(for_fsdp).double() for _ in range(2)]
     curve = lsf.Curve(models, **kwargs).eval()
     with torch.no_grad():
         for p in curve.bends[1].parameters():
@@ -139,7 +142,7 @@ def ddp(rank):
 
 def fsdp(rank):
     """The whole curve as FSDP2 takes any module."""
-    expected, curve, x = network(scalar=False), network(scalar=False), batch()
+    expected, curve, x = network(for_fsdp=True), network(for_fsdp=True), batch()
     fully_shard(curve)
     assert isinstance(curve, FSDPModule) and curve.bends[1].first.weight._local_tensor.shape == (3 - rank, 4)
     optimizers = [torch.optim.SGD([p for p in c.parameters() if p.requires_grad], lr=0.1) for c in (curve, expected)]
@@ -229,14 +232,16 @@ def refusals(rank):
         stratified.shard_()
     with pytest.raises(NotImplementedError, match="mesh must have one dimension, got 2"):
         network().shard_(init_device_mesh("cpu", (1, 2)))
-    columns, mesh = network(scalar=False), init_device_mesh("cpu", (2,))
+    columns, mesh = network(for_fsdp=True), init_device_mesh("cpu", (2,))
     for tree in columns.bends:
         w = tree.first.weight
         tree.first.weight = nn.Parameter(distribute_tensor(w.data, mesh, [Shard(1)]), w.requires_grad)
         for module in tree.modules():
             for leaf, p in module._parameters.items():
                 if not isinstance(p, DTensor):
-                    module._parameters[leaf] = nn.Parameter(distribute_tensor(p.data, mesh, [Shard(0)]), p.requires_grad)
+                    module._parameters[leaf] = nn.Parameter(
+                        distribute_tensor(p.data, mesh, [Shard(0)]), p.requires_grad
+                    )
     with pytest.raises(NotImplementedError, match=r"bends must be placed as \(Shard\(dim=0\),\) on one mesh"):
         columns(batch(), t=0.3)
 
@@ -286,7 +291,7 @@ def test_two_ranks_save_and_one_process_loads(folder):
     dcp.load(state, checkpoint_id=folder / "dcp")
     curve.load_state_dict(state["curve"])
     torch.testing.assert_close(dict(curve.state_dict()), dict(expected))
-    curve = network(scalar=False)
+    curve = network(for_fsdp=True)
     state = {"curve": curve.state_dict()}
     dcp.load(state, checkpoint_id=folder / "fsdp")
     for name, value in torch.load(folder / "fsdp.pt", weights_only=True).items():
