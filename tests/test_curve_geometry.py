@@ -158,7 +158,7 @@ def arc_loss(curve, data, targets, points=4000):
     flat = torch.stack([torch.cat([p.flatten() for p in bend.parameters()]) for bend in curve.bends])
     coefficients = lsf.ops.curve_coefficients(edges, curve.num_bends, curve.kind)
     lengths = (coefficients @ flat).diff(dim=0).norm(dim=1)
-    loss = lambda t: nn.functional.mse_loss(torch.func.functional_call(curve.module, curve.weights(t), data), targets)
+    loss = lambda t: nn.functional.mse_loss(curve(data, t=t), targets)
     losses = torch.stack([loss(t) for t in (edges[1:] + edges[:-1]) / 2])
     return (losses * lengths).sum() / lengths.sum()
 
