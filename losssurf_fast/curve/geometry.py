@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
+from losssurf_fast._library import composite_needed
 from losssurf_fast.averaging.tensors import local, real
 from losssurf_fast.ops.curve import curve_coefficients, curve_weights
 
@@ -69,6 +70,8 @@ class Geometry:
     @classmethod
     def of(cls, bends: Sequence[Sequence[torch.Tensor]], kind: str) -> "Geometry":
         """Of K lists of tensors; gradients flow to those that require them."""
+        if composite_needed():
+            return cls(kind, _gram_reference(bends))
         flat = [t if isinstance(t, DTensor) else real(t) for bend in bends for t in bend]
         wanted = torch.is_grad_enabled() and any(t.requires_grad for t in flat)
         return cls(kind, _Gram.apply(len(bends), *flat) if wanted else _gram(len(bends), flat))
@@ -143,6 +146,13 @@ class Geometry:
         square = ((x @ gram) * x).sum(-1)
         zero = square <= 0  # by rounding below; NaN stays
         return torch.where(zero, 0, torch.where(zero, 1, square).sqrt())
+
+
+def _gram_reference(bends: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
+    """In plain torch, with all that autograd and torch.func can do; needs K - 1 copies of the weights in float64."""
+    rows = torch.stack([torch.cat([real(t).double().reshape(-1) for t in bend]) for bend in bends])
+    rows = torch.cat([rows[:1], rows.diff(dim=0)])
+    return rows @ rows.T
 
 
 class _Gram(torch.autograd.Function):
