@@ -6,6 +6,7 @@ import torch
 from common import F64
 from distributed import run_ranks
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -319,8 +320,10 @@ def _ranks(rank):
     curve, data = curve_of(), batches(8, 7, 9)
     alone = lsf.evaluate_curve(curve, {"train": data}, num_points=3, process_group=False)
     share = {"train": data[2 * rank : 2 * rank + 2]}
-    sharded = curve_of().shard_()
-    for found in (lsf.evaluate_curve(c, share, num_points=3) for c in (curve, sharded)):
+    fully = fully_shard(curve_of(t_sampling="arc_length"))
+    fully(data[0][0]).sum().backward()  # leaves the bends gathered
+    assert fully.module[1].num_batches_tracked == 1
+    for found in (lsf.evaluate_curve(c, share, num_points=3) for c in (curve, curve_of().shard_(), fully)):
         np.testing.assert_allclose(found.dl, alone.dl, rtol=1e-12)
         np.testing.assert_allclose(found.norms, alone.norms, rtol=1e-12)
         for metric, values in alone.values["train"].items():
