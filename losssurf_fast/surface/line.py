@@ -38,13 +38,13 @@ class Line(Measurements):
     def shape(self) -> tuple[int]:
         return (len(self.distances),)
 
-    def barrier(self, metric: str = "loss") -> float:
-        """How far a metric rises, between the two networks, above the straight line through its values at them.
+    def barrier(self, metric: str | None = None) -> float:
+        """How far a metric rises between the networks above the straight line through its values at them.
 
         (Entezari et al., "The role of permutation invariance in linear mode connectivity of neural networks", ICLR
-        2022, equation 2.) 0 where it never does; NaN where it is NaN in between.
+        2022, equation 2.) 0 where it never does; NaN where it is NaN in between. None is the first metric.
         """
-        values = self.metric("barrier", metric)
+        values = self.values[self.metric("barrier", metric)]
         between = (self.distances >= 0) & (self.distances <= self.length)
         along = self.distances[between] / self.length
         inside = values[between]
@@ -109,7 +109,7 @@ def line(
         "line", model, loader, loss_fn=loss_fn, metrics=metrics, bn_loader=bn_loader, recalibrate=recalibrate,
         device=device, path=path, progress=progress,
     )  # fmt: skip
-    ends = common_weights("line", {"w_a": w_a, "w_b": w_b}, model)
+    ends, _ = common_weights("line", {"w_a": w_a, "w_b": w_b}, model)
     length = norm(difference(ends[1], ends[0]))
     require_apart("line", "w_a and w_b", length)
     ends = [walk.here(w) for w in ends]

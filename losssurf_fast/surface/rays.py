@@ -42,28 +42,28 @@ class Rays(Measurements):
     def shape(self) -> tuple[int, int]:
         return self.num_rays, len(self.distances)
 
-    def widths(self, metric: str = "loss", delta: float | None = None) -> np.ndarray:
-        """``[R]``: the distance at which a metric has first risen by ``delta`` above its value at the network.
+    def widths(self, metric: str | None = None, delta: float | None = None) -> np.ndarray:
+        """``[R]``: the distance at which a metric (None: the first) has risen by ``delta`` above that of the network.
 
         Interpolated linearly between points. inf where it has not within the largest distance; NaN where the metric
         is NaN before it has.
         """
         delta = check_number("Rays.widths", "delta", self.delta if delta is None else delta, positive=True)
-        values = self.metric("widths", metric)
+        values = self.values[self.metric("widths", metric)]
         return np.array([_first_crossing(self.distances, ray, ray[0] + delta) for ray in values])
 
-    def width(self, metric: str = "loss", delta: float | None = None) -> float:
-        """The median of :meth:`widths`, which is a number while half of the rays reach ``delta``; inf where fewer do."""
+    def width(self, metric: str | None = None, delta: float | None = None) -> float:
+        """The median of :meth:`widths`; inf where fewer than half of the rays reach ``delta``."""
         return float(np.median(self.widths(metric, delta)))
 
-    def mean_width(self, metric: str = "loss", delta: float | None = None) -> float:
+    def mean_width(self, metric: str | None = None, delta: float | None = None) -> float:
         """The mean of :meth:`widths`; inf where a single ray does not reach ``delta``."""
         return float(np.mean(self.widths(metric, delta)))
 
     def plot(
         self,
         path: str | os.PathLike | None = None,
-        metric: str = "loss",
+        metric: str | None = None,
         *,
         label: str = "w",
         others: Mapping[str, "Rays"] | None = None,
@@ -73,7 +73,7 @@ class Rays(Measurements):
 
         Args:
             path: where to save it (png, pdf, svg); None saves nothing.
-            metric: one of ``values``.
+            metric: one of ``values``; None for the first, a loss.
             label: of these rays in the legend.
             others: rays from other networks, by label, in the same picture.
             log: a logarithmic metric.
@@ -151,7 +151,7 @@ def rays(
         "rays", model, loader, loss_fn=loss_fn, metrics=metrics, bn_loader=bn_loader, recalibrate=recalibrate,
         device=device, path=path, progress=progress,
     )  # fmt: skip
-    (w,) = common_weights("rays", {"weights": weights}, model)
+    (w,), _ = common_weights("rays", {"weights": weights}, model)
     w = walk.here(w)
     directions = unit_directions(w, num_rays, seed, normalization, orthogonal)
     distances = np.linspace(0.0, max_distance, points)

@@ -16,7 +16,7 @@ from losssurf_fast.averaging.swap import restored
 from losssurf_fast.evaluation import Evaluation, Metric
 from losssurf_fast.prediction import seeded
 from losssurf_fast.surface.measurements import Measurements
-from losssurf_fast.surface.weights import Weights, model_parameters, require_names
+from losssurf_fast.surface.weights import Weights, known_names, model_parameters, require_names
 
 Place = tuple  # an index of the grid's arrays
 
@@ -60,12 +60,13 @@ class Walk:
     ):
         self.caller, self.model, self.path, self.progress = caller, model, path, progress
         self.parameters = model_parameters(caller, model)
+        self._others = known_names(model)
         bn_loader = _statistics_loader(caller, model, loader, bn_loader, recalibrate)
         loaders = loader if isinstance(loader, Mapping) else {"loader": loader}
         if not loaders:
             raise ValueError(f"{caller}: loader must hold at least one loader, got none")
-        for name, each in {**loaders, "bn_loader": bn_loader}.items():
-            _check_loader(caller, name, each, optional=each is bn_loader)
+        for name, each in {**loaders, **({} if bn_loader is None else {"bn_loader": bn_loader})}.items():
+            _check_loader(caller, name, each)
         for name, function in {"loss_fn": loss_fn, **(metrics or {})}.items():
             if not callable(function):
                 raise TypeError(f"{caller}: {name} must be callable, got {type(function).__name__}")
@@ -74,9 +75,17 @@ class Walk:
         self.evaluation = Evaluation(caller, loader, loss_fn, metrics, bn_loader, device)
 
     def here(self, weights: Weights) -> Weights:
-        """``weights`` on the devices of the model, whose parameters they must be."""
+        """``weights`` on the model's devices, in memory that a walk leaves alone; they must be its parameters."""
+        others = [name for name in weights if name in self._others and name not in self.parameters]
+        if others:
+            raise ValueError(
+                f"{self.caller}: the weights must be parameters of the model alone, they hold {tensors.some(others)}; "
+                "give model= where they are taken from state_dicts"
+            )
         require_names(self.caller, "model", weights, self.parameters, of="the weights")
-        return {name: t.to(self.parameters[name].device) for name, t in weights.items()}
+        live = {p.untyped_storage().data_ptr() for p in self.parameters.values()}
+        moved = {name: t.to(self.parameters[name].device) for name, t in weights.items()}
+        return {name: t.clone() if t.untyped_storage().data_ptr() in live else t for name, t in moved.items()}
 
     def identity(self, weights: Sequence[Weights], grid: Mapping[str, object]) -> dict[str, str]:
         """What makes a run the one that it is, by key; only needed with a path, for which weights are hashed."""
@@ -90,9 +99,8 @@ class Walk:
         return {
             "weights": _digest(*weights),
             "grid": json.dumps(grid),
-            "loss_fn and metrics": json.dumps(
-                {"loss": _name(e.loss_fn), **{n: _name(m) for n, m in (e.metrics or {}).items()}}
-            ),
+            "loss_fn": _name(e.loss_fn),
+            "metrics": json.dumps({name: _name(metric) for name, metric in (e.metrics or {}).items()}),
             "loader": json.dumps({name: _length(loader) for name, loader in loaders.items()}),
             "BatchNorm": f"recalibrated, {_length(e.bn_loader)} batches" if statistics else "as in the model",
             "the model's buffers": _digest({n: b for n, b in buffers.items() if not n.startswith(recalibrated)}),
@@ -136,9 +144,7 @@ def _statistics_loader(caller: str, model: nn.Module, loaders, bn_loader, recali
     )
 
 
-def _check_loader(caller: str, name: str, loader, optional: bool) -> None:
-    if loader is None and optional:
-        return
+def _check_loader(caller: str, name: str, loader) -> None:
     if not isinstance(loader, Iterable) or isinstance(loader, torch.Tensor):
         raise TypeError(f"{caller}: {name} must be an iterable of batches, got {type(loader).__name__}")
     if isinstance(loader, Iterator):
