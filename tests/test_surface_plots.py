@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+from matplotlib.text import Text
 from surface_run import run
 
 import losssurf_fast as lsf

@@ -69,7 +69,7 @@ def contour_levels(finite: np.ndarray, *, log: bool, vmax: float | None) -> np.n
 
 def _size(ratio: float) -> tuple[float, float]:
     """Inches of a figure whose axes are as high as ``ratio`` times their width, without much empty space."""
-    width = 5.0 if ratio <= 1 else max(5.0 / ratio, 2.0)
+    width = 6.4 if ratio < 0.45 else 5.0 if ratio <= 1 else max(5.0 / ratio, 2.0)
     return width + 1.6, max(width * ratio, 1.2) + 0.7
 
 
