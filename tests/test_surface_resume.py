@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from surface_models import Quadratic, mean_loss, quadratic_loader
 from surface_run import run
 
@@ -212,13 +211,3 @@ def test_a_surface_has_the_peers_fields(tmp_path):
         np.testing.assert_array_equal(file["tr_loss"], surface.values["train_loss"])
         np.testing.assert_array_equal(file["te_err"], 100 * surface.values["test_error"])
         np.testing.assert_array_equal(file["te_acc"], 100 - 100 * surface.values["test_error"])
-
-
-def test_distributed_runs_with_a_path_are_refused(tmp_path):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        with pytest.raises(NotImplementedError, match="Plane.evaluate: path= where torch.distributed is initialised"):
-            quadratic_plane(tmp_path / "plane.npz")
-        assert quadratic_plane(None).done.all()
-    finally:
-        torch.distributed.destroy_process_group()

@@ -39,16 +39,13 @@ class Line(Measurements):
         return (len(self.distances),)
 
     def barrier(self, metric: str | None = None) -> float:
-        """How far a metric rises between the networks above the straight line through its values at them.
+        """How far a metric (None: the first) rises between the networks above the higher of its values at them.
 
-        (Entezari et al., "The role of permutation invariance in linear mode connectivity of neural networks", ICLR
-        2022, equation 2.) 0 where it never does; NaN where it is NaN in between. None is the first metric.
+        At least 0; NaN where the metric is NaN in between.
         """
         values = self.values[self.metric("barrier", metric)]
-        between = (self.distances >= 0) & (self.distances <= self.length)
-        along = self.distances[between] / self.length
-        inside = values[between]
-        return float(np.max(inside - ((1 - along) * inside[0] + along * inside[-1])))
+        between = values[(self.distances >= 0) & (self.distances <= self.length)]
+        return float(np.max(between) - max(between[0], between[-1]))
 
     def plot(self, path: str | os.PathLike | None = None, metrics: Sequence[str] | None = None, *, log: bool = False):
         """The metrics over the distance, one panel for each kind; returns the matplotlib figure.
@@ -83,7 +80,9 @@ def line(
     metrics: Mapping[str, Metric] | None = None,
     bn_loader: Iterable | None = None,
     recalibrate: bool = True,
-    device: torch.device | str | None = None,
+    subset: float | int | None = None,
+    device: torch.device | str | int | None = None,
+    process_group=None,
     path: str | os.PathLike | None = None,
     progress: bool = True,
 ) -> Line:
@@ -95,7 +94,7 @@ def line(
         points: how many, at least 2; the two networks are among them.
         margin: how far the line goes on beyond the networks, as a fraction of their distance; one, or (before, after).
         labels: of the two networks, for pictures.
-        loader, loss_fn, metrics, bn_loader, recalibrate, device, path, progress: as for :class:`Walk`.
+        loader, loss_fn and all others: as for :class:`Walk`.
 
     Raises:
         TypeError, ValueError, NotImplementedError: an argument is not as above, the networks are the same, or of
@@ -107,7 +106,7 @@ def line(
     fractions = axis_through_ends("line", points, margins)
     walk = Walk(
         "line", model, loader, loss_fn=loss_fn, metrics=metrics, bn_loader=bn_loader, recalibrate=recalibrate,
-        device=device, path=path, progress=progress,
+        subset=subset, device=device, process_group=process_group, path=path, progress=progress,
     )  # fmt: skip
     ends, _ = common_weights("line", {"w_a": w_a, "w_b": w_b}, model)
     length = norm(difference(ends[1], ends[0]))

@@ -219,7 +219,9 @@ class Plane:
         metrics: Mapping[str, Metric] | None = None,
         bn_loader: Iterable | None = None,
         recalibrate: bool = True,
-        device: torch.device | str | None = None,
+        subset: float | int | None = None,
+        device: torch.device | str | int | None = None,
+        process_group=None,
         path: str | os.PathLike | None = None,
         progress: bool = True,
     ) -> Surface:
@@ -227,7 +229,7 @@ class Plane:
 
         Args:
             model: any live model of the plane's architecture; bit-equal afterwards, whatever happens.
-            loader, loss_fn, metrics, bn_loader, recalibrate, device, path, progress: as for :class:`Walk`.
+            loader, loss_fn and all others: as for :class:`Walk`.
             points: of the grid along x and y.
             margin: how far the grid goes beyond the box, as a fraction of its sides: one for all, or (left, right,
                 bottom, top).
@@ -243,7 +245,7 @@ class Plane:
         left, right, bottom, top = check_margin(caller, margin, 4)
         arguments = {
             "loss_fn": loss_fn, "metrics": metrics, "bn_loader": bn_loader, "recalibrate": recalibrate,
-            "device": device, "path": path, "progress": progress,
+            "subset": subset, "device": device, "process_group": process_group, "path": path, "progress": progress,
         }  # fmt: skip
         walk = Walk(caller, model, loader, **arguments)
         here = self._on(walk)

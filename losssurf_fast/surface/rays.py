@@ -116,7 +116,9 @@ def rays(
     metrics: Mapping[str, Metric] | None = None,
     bn_loader: Iterable | None = None,
     recalibrate: bool = True,
-    device: torch.device | str | None = None,
+    subset: float | int | None = None,
+    device: torch.device | str | int | None = None,
+    process_group=None,
     path: str | os.PathLike | None = None,
     progress: bool = True,
 ) -> Rays:
@@ -132,7 +134,7 @@ def rays(
             to the weights (:func:`random_direction`), which differ between networks.
         orthogonal: make the rays orthogonal to each other, for which all of them are held at once.
         delta: the rise of the loss that defines its width.
-        loader, loss_fn, metrics, bn_loader, recalibrate, device, path, progress: as for :class:`Walk`.
+        loader, loss_fn and all others: as for :class:`Walk`.
 
     Raises:
         TypeError, ValueError, NotImplementedError: an argument is not as above, or the weights are of another
@@ -149,7 +151,7 @@ def rays(
     check_normalization("rays", normalization)
     walk = Walk(
         "rays", model, loader, loss_fn=loss_fn, metrics=metrics, bn_loader=bn_loader, recalibrate=recalibrate,
-        device=device, path=path, progress=progress,
+        subset=subset, device=device, process_group=process_group, path=path, progress=progress,
     )  # fmt: skip
     (w,), _ = common_weights("rays", {"weights": weights}, model)
     w = walk.here(w)
