@@ -245,3 +245,34 @@ def test_plane_through_refuses_points_that_rounding_alone_keeps_off_a_line(dtype
 def test_other_planes_refuse(make, error, message):
     with pytest.raises(error, match=message):
         make(three())
+
+
+def test_memory_formats_and_empty_parameters_make_no_difference():
+    def network(seed):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4, 2))
+        model.empty = nn.Parameter(torch.zeros(0, 3))
+        return model
+
+    plain = [network(seed) for seed in (1, 2, 3)]
+    mixed = [network(1), network(2).to(memory_format=torch.channels_last), network(3)]
+    a, b = lsf.Plane.through(*plain), lsf.Plane.through(*mixed)
+    np.testing.assert_allclose([*a.marks.values()], [*b.marks.values()], rtol=1e-12)
+    for name, weight in a.weights(0.3, 0.4).items():
+        torch.testing.assert_close(b.weights(0.3, 0.4)[name], weight, rtol=0, atol=1e-7)
+    loader = [(torch.randn(5, 3, 3, 3), torch.randint(2, (5,)))]
+    live = network(4).to(memory_format=torch.channels_last)
+    found = b.evaluate(live, loader, points=2, progress=False).values["loss"]
+    np.testing.assert_allclose(
+        found, a.evaluate(network(4), loader, points=2, progress=False).values["loss"], rtol=1e-5
+    )
+    assert live[0].weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_models_that_have_not_run_yet_are_refused():
+    lazy = [nn.LazyLinear(3) for _ in range(3)]
+    for sources in (lazy, [m.state_dict() for m in lazy]):
+        with pytest.raises(ValueError, match=r"Plane\.through: w1: weight must hold values, got none"):
+            lsf.Plane.through(*sources)
+    with pytest.raises(ValueError, match="line: model: weight must hold values, got none"):
+        lsf.line(lazy[0], nn.Linear(2, 3), nn.Linear(2, 3), [])

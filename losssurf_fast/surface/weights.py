@@ -39,6 +39,7 @@ def weights_of(caller: str, argument: str, source, model: nn.Module | None = Non
             that the model does not know, or its tensors are sharded, complex, or hold no finite values.
     """
     named = _named(caller, argument, source)
+    _require_values(f"{caller}: {argument}", named)
     if model is not None:
         named = _select(caller, argument, named, model)
     else:
@@ -50,8 +51,6 @@ def weights_of(caller: str, argument: str, source, model: nn.Module | None = Non
             )
         if t.is_complex():
             raise NotImplementedError(f"{caller}: {argument}: {name} is complex, which is not written")
-        if nn.parameter.is_lazy(t) or t.is_meta:
-            raise ValueError(f"{caller}: {argument}: {name} must hold values, got none")
     found = {n: t.detach() for n, t in named.items() if t.is_floating_point()}
     if not any(t.numel() for t in found.values()):
         raise ValueError(f"{caller}: {argument} must hold floating parameters, got none")
@@ -82,6 +81,12 @@ def _named(caller: str, argument: str, source) -> dict[str, torch.Tensor]:
     return {tensors.plain_name(n): t for n, t in named.items()}
 
 
+def _require_values(what: str, named: Mapping[str, torch.Tensor]) -> None:
+    for name, t in named.items():
+        if nn.parameter.is_lazy(t) or t.is_meta:
+            raise ValueError(f"{what}: {name} must hold values, got none")
+
+
 def _without_repeats(named: Weights) -> Weights:
     """Tied tensors once, under their first name, as ``named_parameters`` gives them."""
     first = {}
@@ -110,6 +115,7 @@ def model_parameters(caller: str, model: nn.Module) -> Weights:
     if not isinstance(model, nn.Module):
         raise TypeError(f"{caller}: model must be a torch.nn.Module, got {type(model).__name__}")
     named = tensors.named_parameters(model)
+    _require_values(f"{caller}: model", named)
     if any(tensors.is_sharded(p) for p in named.values()):
         raise NotImplementedError(f"{caller}: model is sharded (FSDP2, tensor parallel), which is not written")
     return {n: p for n, p in named.items() if p.is_floating_point()}
