@@ -14,7 +14,7 @@ from losssurf_fast.evaluation import Metric
 from losssurf_fast.surface.grid import axis_through_ends, check_labels, check_margin, check_points
 from losssurf_fast.surface.measurements import Measurements
 from losssurf_fast.surface.walk import Walk
-from losssurf_fast.surface.weights import combine, common_weights, difference, norm, require_apart
+from losssurf_fast.surface.weights import combine, common_weights, difference, norm
 
 
 @dataclass
@@ -110,7 +110,8 @@ def line(
     )  # fmt: skip
     ends, _ = common_weights("line", {"w_a": w_a, "w_b": w_b}, model)
     length = norm(difference(ends[1], ends[0]))
-    require_apart("line", "w_a and w_b", length)
+    if length == 0:
+        raise ValueError("line: w_a and w_b must be different networks, their distance is 0")
     ends = [walk.here(w) for w in ends]
     result = Line(fractions * length, length, labels)
     result.identity = walk.identity(ends, {"points": points, "margin": margins})

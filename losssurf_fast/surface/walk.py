@@ -39,8 +39,9 @@ class Walk:
         device: where batches are moved; None leaves them.
         process_group: where torch.distributed is initialised each rank reads its share of the data, and all get the
             same metrics: None for all ranks, False for this one alone.
-        path: an npz file that is whole after every point; an interrupted run that is called again goes on from it. Of
-            several ranks the first reads and writes it.
+        path: an npz file that is whole after every point. The same call goes on from what an interrupted one left
+            there; a call for other weights, points, metrics (functions by their names), loaders' lengths or buffers is
+            refused. Of several ranks the first reads and writes it.
         progress: show a bar.
 
     At every point torch's generators start from the same state, so a loader that shuffles or augments by them yields
@@ -125,10 +126,12 @@ class Walk:
 
     def _on_first_rank(self, action: Callable[[], None]) -> None:
         """``action``, on one rank; where it fails all raise."""
+        first, device = self._is_first_rank(), next(iter(self.parameters.values())).device
+        jointly(self.caller, lambda: action() if first else None, device, self.evaluation.process_group)
+
+    def _is_first_rank(self) -> bool:
         group = self.evaluation.process_group
-        first = not spread_over_ranks(group) or dist.get_rank(group) == 0
-        device = next(iter(self.parameters.values())).device
-        jointly(self.caller, lambda: action() if first else None, device, group)
+        return not spread_over_ranks(group) or dist.get_rank(group) == 0
 
     def _from_first_rank(self, value):
         group = self.evaluation.process_group
@@ -141,7 +144,7 @@ class Walk:
     def _bar(self, left: list, total: int) -> Iterator:
         return tqdm(
             left, total=total, initial=total - len(left), desc=self.caller, unit="point", ncols=72, leave=False,
-            disable=not self.progress,
+            disable=not (self.progress and self._is_first_rank()),
         )  # fmt: skip
 
 

@@ -70,11 +70,14 @@ def _named(caller: str, argument: str, source) -> dict[str, torch.Tensor]:
     if not isinstance(source, Mapping):
         wanted = "a model, an average of one, or a mapping from names to tensors"
         raise TypeError(f"{caller}: {argument} must be {wanted}, got {type(source).__name__}")
-    named = {str(n): t for n, t in source.items() if isinstance(t, torch.Tensor)}
-    others = [str(n) for n, t in source.items() if not isinstance(t, torch.Tensor) and not str(n).endswith("_state")]
-    if others:
-        kind = type(source[others[0]]).__name__ if others[0] in source else "something else"
-        raise TypeError(f"{caller}: {argument} must map names to tensors, got a {kind} under {others[0]!r}")
+    named = {}
+    for name, t in source.items():
+        if isinstance(name, str) and isinstance(t, torch.Tensor):
+            named[name] = t
+        elif not str(name).endswith("_extra_state"):  # torch's entry for what a module saves besides tensors
+            raise TypeError(
+                f"{caller}: {argument} must map names to tensors, got a {type(t).__name__} under {name!r}"
+            )
     inner = {n.removeprefix("module."): t for n, t in named.items() if n.startswith("module.")}
     if inner and all(n.startswith("module.") or n == "n_averaged" for n in named):
         named = inner  # the state_dict of an average, or of a DistributedDataParallel
@@ -191,8 +194,3 @@ def gram(vectors: Sequence[Weights]) -> torch.Tensor:
 
 def norm(vector: Weights) -> float:
     return gram([vector]).sqrt().item()
-
-
-def require_apart(caller: str, which: str, length: float) -> None:
-    if length == 0:
-        raise ValueError(f"{caller}: {which} must be different networks, their distance is 0")
