@@ -115,8 +115,17 @@ def test_evaluate_curve_leaves_no_trace():
     with pytest.raises(ZeroDivisionError, match="mine"):
         lsf.evaluate_curve(curve, {"train": loader}, num_points=3, loss_fn=fails)
     assert_same_state(curve, before)
-    curve(data[0][0], t=0.5)  # and still trains
-    assert not hasattr(report.values["train"]["loss"], "grad")
+
+
+def test_evaluate_curve_between_forward_and_backward():
+    curve, data = curve_of(bn=False).eval(), batches(8)
+    bend = curve.bends[1].get_parameter("0.weight")
+    (wanted,) = torch.autograd.grad(curve(data[0][0], t=0.3).sum(), [bend])
+    outputs = curve(data[0][0], t=0.3)
+    lsf.evaluate_curve(torch.compile(curve), {"train": data}, num_points=3)
+    curve.predict(data[0][0], [0.1, 0.9])
+    torch.testing.assert_close(torch.autograd.grad(outputs.sum(), [bend])[0], wanted)
+    assert curve.l2().item() == pytest.approx(curve.l2(0.3).item())  # still that of the last forward
 
 
 def test_evaluate_curve_recalibrates():
@@ -309,9 +318,12 @@ def _ranks(rank):
     curve, data = curve_of(), batches(8, 7, 9)
     alone = lsf.evaluate_curve(curve, {"train": data}, num_points=3, process_group=False)
     share = {"train": data[2 * rank : 2 * rank + 2]}
-    found = lsf.evaluate_curve(curve, share, num_points=3)
-    for metric, values in alone.values["train"].items():
-        np.testing.assert_allclose(found.values["train"][metric], values, rtol=1e-12)
+    sharded = curve_of().shard_()
+    for found in (lsf.evaluate_curve(c, share, num_points=3) for c in (curve, sharded)):
+        np.testing.assert_allclose(found.dl, alone.dl, rtol=1e-12)
+        np.testing.assert_allclose(found.norms, alone.norms, rtol=1e-12)
+        for metric, values in alone.values["train"].items():
+            np.testing.assert_allclose(found.values["train"][metric], values, rtol=1e-12)
 
 
 def test_evaluate_curve_over_ranks():

@@ -93,7 +93,7 @@ def evaluate_curve(
 
     found = []
     for t in tqdm(ts, desc=_NAME, unit="point", ncols=60, leave=False):
-        with curve.at(t) as model, restored(model):
+        with restored(curve.module), curve.at(t) as model:
             found.append(evaluation.by_loader(model))
     values = {}
     for name in named:
