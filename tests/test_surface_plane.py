@@ -276,3 +276,23 @@ def test_models_that_have_not_run_yet_are_refused():
             lsf.Plane.through(*sources)
     with pytest.raises(ValueError, match="line: model: weight must hold values, got none"):
         lsf.line(lazy[0], nn.Linear(2, 3), nn.Linear(2, 3), [])
+
+
+@pytest.mark.parametrize(
+    "arguments, error, message",
+    [
+        ({"points": 1}, ValueError, "points must be at least 2, got 1"),
+        ({"points": (3, 1)}, ValueError, "points must be at least 2, got 1"),
+        ({"points": (3, 3, 3)}, TypeError, r"points must be an int or 2 of them, got \(3, 3, 3\)"),
+        ({"points": 2.5}, TypeError, "points must be an int or 2 of them, got 2.5"),
+        ({"margin": -0.2}, ValueError, "margin must not be negative, got -0.2"),
+        ({"margin": (0.1, 0.1, -0.1, 0.1)}, ValueError, "margin must not be negative, got -0.1"),
+        ({"margin": (0.1, 0.1)}, TypeError, "margin must be a number or 4 of them"),
+        ({"margin": "wide"}, TypeError, "margin must be a number or 4 of them, got 'wide'"),
+        ({"trajectories": {"t": [nn.Linear(2, 2)]}}, ValueError, "weights must have the parameters of"),
+    ],
+)
+def test_plane_evaluate_refuses(arguments, error, message):
+    plane = lsf.Plane.through(*three())
+    with pytest.raises(error, match=message):
+        plane.evaluate(Quadratic(), quadratic_loader(), loss_fn=mean_loss, **arguments)

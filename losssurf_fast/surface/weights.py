@@ -75,9 +75,7 @@ def _named(caller: str, argument: str, source) -> dict[str, torch.Tensor]:
         if isinstance(name, str) and isinstance(t, torch.Tensor):
             named[name] = t
         elif not str(name).endswith("_extra_state"):  # torch's entry for what a module saves besides tensors
-            raise TypeError(
-                f"{caller}: {argument} must map names to tensors, got a {type(t).__name__} under {name!r}"
-            )
+            raise TypeError(f"{caller}: {argument} must map names to tensors, got a {type(t).__name__} under {name!r}")
     inner = {n.removeprefix("module."): t for n, t in named.items() if n.startswith("module.")}
     if inner and all(n.startswith("module.") or n == "n_averaged" for n in named):
         named = inner  # the state_dict of an average, or of a DistributedDataParallel
