@@ -317,6 +317,11 @@ def _sharded(rank):
     u = torch.manual_seed(0) and torch.rand(())
     torch.manual_seed(rank)
     torch.testing.assert_close(curve.sample_t(), whole_curve.geometry().quantile(u), check_dtype=False)
+    stratified = lsf.Curve(
+        [whole_curve.module_at(t) for t in (0.0, 1.0)], t_per_rank="stratified", t_sampling="arc_length"
+    )
+    torch.manual_seed(rank)
+    torch.testing.assert_close(stratified.sample_t(), (u + rank / 2) % 1)  # a straight line
     nn.functional.mse_loss(curve(torch.randn(6, 3, dtype=F64)), torch.zeros(6, 2, dtype=F64)).backward()
     with pytest.raises(NotImplementedError, match="a sharded curve's length"):
         curve.arc_weight(0.3).backward()

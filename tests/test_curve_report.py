@@ -6,6 +6,7 @@ import torch
 from common import F64
 from distributed import run_ranks
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -160,7 +161,8 @@ def test_evaluate_curve_recalibrates():
         ({"loaders": {}}, ValueError, "at least one loader"),
         ({"loaders": iter(batches(3))}, ValueError, "is read once for every point"),
         ({"loaders": 5}, TypeError, "must be a loader of batches, got int"),
-        ({"loaders": {"test": batches(3)}}, ValueError, "bn_loader must yield .*recalibrate=False"),
+        ({"loaders": {"test": batches(3)}}, ValueError, "training data as bn_loader= .*recalibrate=False"),
+        ({"bn_loader": batches(3), "recalibrate": False}, ValueError, "exclude each other"),
         ({"loaders": {"test": batches(3)}, "bn_loader": iter([])}, ValueError, "bn_loader is read once"),
         ({"loaders": {"train": []}}, ValueError, "update_bn: loader must yield at least one batch"),
         ({"loaders": {"train": batches(3), "test": []}}, ValueError, "evaluate_curve: loader must yield at least one"),
@@ -318,8 +320,10 @@ def _ranks(rank):
     curve, data = curve_of(), batches(8, 7, 9)
     alone = lsf.evaluate_curve(curve, {"train": data}, num_points=3, process_group=False)
     share = {"train": data[2 * rank : 2 * rank + 2]}
-    sharded = curve_of().shard_()
-    for found in (lsf.evaluate_curve(c, share, num_points=3) for c in (curve, sharded)):
+    fully = fully_shard(curve_of(t_sampling="arc_length"))
+    fully(data[0][0]).sum().backward()  # leaves the bends gathered
+    assert fully.module[1].num_batches_tracked == 1
+    for found in (lsf.evaluate_curve(c, share, num_points=3) for c in (curve, curve_of().shard_(), fully)):
         np.testing.assert_allclose(found.dl, alone.dl, rtol=1e-12)
         np.testing.assert_allclose(found.norms, alone.norms, rtol=1e-12)
         for metric, values in alone.values["train"].items():

@@ -334,7 +334,8 @@ class Curve(nn.Module):
 
     def extra_repr(self) -> str:
         fixed = [j for j, bend in enumerate(self.bends) if not any(p.requires_grad for p in bend.parameters())]
-        return f"kind={self.kind!r}, num_bends={self.num_bends}, fixed={fixed}, t_per_rank={self.t_per_rank!r}"
+        how = f"t_per_rank={self.t_per_rank!r}, t_sampling={self.t_sampling!r}"
+        return f"kind={self.kind!r}, num_bends={self.num_bends}, fixed={fixed}, {how}"
 
 
 def _bend(

@@ -70,7 +70,7 @@ def weights_of(models: Sequence[nn.Module | Mapping], template: nn.Module) -> li
         else:
             named = {n: t for n, t in of_state_dict(caller, model, template).items() if n in wanted}
         named = {name: _whole(t) for name, t in named.items()}
-        matched = dict(zip(wanted, tensors.match(caller, wanted, named, "the curve's"), strict=True))
+        matched = dict(zip(wanted, tensors.match(caller, wanted, named, "the curve"), strict=True))
         if isinstance(model, nn.Module):
             _check_layers(caller, model, template)
         for name, t in matched.items():

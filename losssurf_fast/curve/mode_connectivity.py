@@ -62,9 +62,7 @@ def from_mode_connectivity(
             else:
                 points.setdefault(int(bend[2]), {})[_name(layer, dot + bend[1], parameters, names or {})] = value
     if len(points) < 2 or sorted(points) != [*range(len(points))]:
-        raise ValueError(
-            f"{_NAME}: checkpoint must have net.<layer>.weight_0, weight_1 ..., got bends {sorted(points)}"
-        )
+        raise ValueError(f"{_NAME}: checkpoint must have net.<layer>.weight_0, _1 ..., got bends {sorted(points)}")
     kind = kind or ("bezier" if "coeff_layer.binom" in state else "polychain")
     bends = [{**points[j], **shared} for j in range(len(points))]
     try:

@@ -14,7 +14,7 @@ _STATISTICS = {"min": "min", "max": "max", "avg": "mean", "int": "integral"}
 _OWN = ("ts", "dl", "norms", "weight_decay", "loaders", "metrics")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # arrays have no one answer
 class Profile:
     """One quantity along a curve.
 
@@ -51,7 +51,7 @@ class Profile:
         return self.max - max(float(self.values[0]), float(self.values[-1]))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class CurveReport:
     """What :func:`losssurf_fast.evaluate_curve` found.
 
