@@ -17,7 +17,7 @@ from losssurf_fast.surface.walk import Walk
 from losssurf_fast.surface.weights import combine, common_weights, difference, norm
 
 
-@dataclass
+@dataclass(eq=False)
 class Line(Measurements):
     """What :func:`line` measured.
 

@@ -13,7 +13,7 @@ from losssurf_fast.files import load_arrays, save_arrays
 _VALUES = "values."
 
 
-@dataclass
+@dataclass(eq=False)
 class Measurements:
     """Metrics at the points of a grid; a subclass says in its other fields, all of them arrays, where those lie.
 

@@ -22,7 +22,7 @@ from losssurf_fast.surface.walk import Walk
 from losssurf_fast.surface.weights import Weights, combine, common_weights, gram, norm
 
 
-@dataclass
+@dataclass(eq=False)
 class Rays(Measurements):
     """What :func:`rays` measured.
 

@@ -10,7 +10,7 @@ import numpy as np
 from losssurf_fast.surface.measurements import Measurements
 
 
-@dataclass
+@dataclass(eq=False)
 class Projection:
     """A trajectory as a plane sees it.
 
@@ -23,7 +23,7 @@ class Projection:
     knots: np.ndarray
 
 
-@dataclass
+@dataclass(eq=False)
 class Surface(Measurements):
     """What :meth:`Plane.evaluate` measured; x and y are distances in weight space along orthonormal directions.
 
