@@ -50,8 +50,8 @@ class Plane:
     """
 
     def __init__(self, caller: str, origin: Weights, u: Weights, v: Weights, *, blur: float, problem: str):
-        self._origin = {name: t.clone() for name, t in origin.items()}  # the model may be trained on
-        self._u, self._v = u, v
+        copy = lambda weights: {name: t.clone() for name, t in weights.items()}
+        self._origin, self._u, self._v = map(copy, (origin, u, v))  # the models may be trained on
         products = gram([u, v])
         length, other = products.diagonal().sqrt().tolist()
         along = products[0, 1].item() / length if length else 0.0  # <v, x_hat>
@@ -252,7 +252,7 @@ class Plane:
         seen = {label: self.trajectory(t, model=model) for label, t in (trajectories or {}).items()}
         xs, ys = axis(*self.box[0], shape[0], (left, right)), axis(*self.box[1], shape[1], (bottom, top))
         grid = {"points": shape, "margin": (left, right, bottom, top)}
-        surface = Surface(xs, ys, self.marks, self.trajectories | seen)
+        surface = Surface(xs, ys, dict(self.marks), self.trajectories | seen)
         surface.identity = walk.identity([self._origin, self._u, self._v], grid)
         places = [(i, j) for i in range(shape[0]) for j in range(shape[1])]
         walk.run(surface, places, lambda place: here.weights(xs[place[0]].item(), ys[place[1]].item()))
