@@ -30,6 +30,7 @@ from losssurf_fast.surface.weights import (
     Weights,
     combine,
     common_weights,
+    copy_of,
     difference,
     gram,
     norm,
@@ -50,8 +51,7 @@ class Plane:
     """
 
     def __init__(self, caller: str, origin: Weights, u: Weights, v: Weights, *, blur: float, problem: str):
-        copy = lambda weights: {name: t.clone() for name, t in weights.items()}
-        self._origin, self._u, self._v = map(copy, (origin, u, v))  # the models may be trained on
+        self._origin, self._u, self._v = copy_of(origin), u, v  # the model may be trained on
         products = gram([u, v])
         length, other = products.diagonal().sqrt().tolist()
         along = products[0, 1].item() / length if length else 0.0  # <v, x_hat>
@@ -135,6 +135,7 @@ class Plane:
         caller = "Plane.along"
         extent = check_number(caller, "extent", extent, positive=True)
         (w, u, v), _ = common_weights(caller, {"center": center, "first": first, "second": second}, model)
+        u, v = copy_of(u), copy_of(v)
         plane = cls(caller, w, u, v, blur=0.0, problem="first and second must span a plane, they are parallel or zero")
         plane.marks = {label: (0.0, 0.0)}
         plane._cover([(sign * extent * plane._length, sign * extent * plane._height) for sign in (-1, 1)])

@@ -160,6 +160,10 @@ def common_weights(
     return [{n: w[n].to(reference[n].device, dtypes[n]) for n in reference} for w in found.values()], coarsest
 
 
+def copy_of(weights: Weights) -> Weights:
+    return {name: t.clone() for name, t in weights.items()}
+
+
 def difference(a: Weights, b: Weights) -> Weights:
     return {n: t - b[n] for n, t in a.items()}
 
