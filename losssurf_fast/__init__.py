@@ -29,6 +29,7 @@ from losssurf_fast.conversion import ConversionReport, conversion_report, to_lrt
 from losssurf_fast.curve import Curve, CurveReport, evaluate_curve
 from losssurf_fast.objective import ELBOLoss, kl_divergence
 from losssurf_fast.prediction import predict, prediction
+from losssurf_fast.surface import Line, Plane, Rays, Surface, line, rays
 
 __version__ = "0.1.0"
 __all__ = [
@@ -40,17 +41,23 @@ __all__ = [
     "CurveReport",
     "ELBOLoss",
     "FGETriangleLR",
+    "Line",
+    "Plane",
+    "Rays",
     "SWAConstantLR",
     "SWACyclicLR",
+    "Surface",
     "averaged_weights",
     "conversion_report",
     "evaluate_curve",
     "kernel_for",
     "kl_divergence",
+    "line",
     "nn",
     "ops",
     "predict",
     "prediction",
+    "rays",
     "to_lrt",
     "update_bn",
 ]
