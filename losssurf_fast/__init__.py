@@ -27,6 +27,7 @@ from losssurf_fast.averaging import (
 )
 from losssurf_fast.conversion import ConversionReport, conversion_report, to_lrt
 from losssurf_fast.curve import Curve
+from losssurf_fast.neb import MinimaGraph, auto_neb
 from losssurf_fast.objective import ELBOLoss, kl_divergence
 from losssurf_fast.prediction import predict, prediction
 
@@ -39,8 +40,10 @@ __all__ = [
     "Curve",
     "ELBOLoss",
     "FGETriangleLR",
+    "MinimaGraph",
     "SWAConstantLR",
     "SWACyclicLR",
+    "auto_neb",
     "averaged_weights",
     "conversion_report",
     "kernel_for",
