@@ -72,8 +72,10 @@ def persistent_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
     return {plain_name(name): b for name, b in model.named_buffers() if name not in transient}
 
 
-def match(caller: str, ours: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
-    """``theirs`` in the order of ``ours``.
+def match(
+    caller: str, ours: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor], of: str = "the average"
+) -> list[torch.Tensor]:
+    """``theirs`` in the order of ``ours``, which are those ``of`` whatever messages shall call it.
 
     Raises:
         ValueError: the names, or the shapes or placements under a name, differ, or one of ``theirs`` has no values.
@@ -83,7 +85,7 @@ def match(caller: str, ours: Mapping[str, torch.Tensor], theirs: Mapping[str, to
     if missing or unexpected:
         parts = [f"lacks {some(missing)}"] if missing else []
         parts += [f"has {some(unexpected)} besides"] if unexpected else []
-        raise ValueError(f"{caller}: the model must have the tensors of the average; it {' and '.join(parts)}")
+        raise ValueError(f"{caller}: the model must have the tensors of {of}; it {' and '.join(parts)}")
     for name, mine in ours.items():
         other = theirs[name]
         if is_lazy(other) or other.is_meta:
@@ -95,7 +97,7 @@ def match(caller: str, ours: Mapping[str, torch.Tensor], theirs: Mapping[str, to
             raise TypeError(f"{caller}: {name} must be like {mine.dtype}, got {other.dtype}")
         if isinstance(mine, DTensor) != isinstance(other, DTensor):
             kind = lambda t: "a DTensor" if isinstance(t, DTensor) else "a plain tensor"
-            raise ValueError(f"{caller}: {name} must be {kind(mine)} like the average's, got {kind(other)}")
+            raise ValueError(f"{caller}: {name} must be {kind(mine)} like {of}'s, got {kind(other)}")
         if isinstance(mine, DTensor) and mine.placements != other.placements:
             raise ValueError(f"{caller}: {name} must be placed as {mine.placements}, got {other.placements}")
     return [theirs[name] for name in ours]

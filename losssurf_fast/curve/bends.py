@@ -1,10 +1,13 @@
 """A curve's parameters: one tree for each bend, with the names of the model's own parameters."""
 
+import contextlib
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import nn
+
+from losssurf_fast.averaging.tensors import plain_name
 
 
 def parameter_tree(parameters: Mapping[str, nn.Parameter]) -> nn.Module:
@@ -21,44 +24,93 @@ def parameter_tree(parameters: Mapping[str, nn.Parameter]) -> nn.Module:
     return root
 
 
+def combined(parameter: torch.Tensor) -> bool:
+    """Whether a curve combines it; parameters of integers are constants."""
+    return parameter.is_floating_point() or parameter.is_complex()
+
+
+class Bends:
+    """The parameters of trees as K lists of tensors, read anew each time: FSDP2, ``to`` and loading replace them.
+
+    Walking the trees of 167 parameters takes longer than their owners' dicts, which stay.
+    """
+
+    def __init__(self, trees: nn.ModuleList):
+        self.names = [name for name, _ in trees[0].named_parameters()]
+        self._owners = [self._owners_of(tree) for tree in trees]
+
+    def _owners_of(self, tree: nn.Module) -> list[tuple[nn.Module, str]]:
+        places = [name.rpartition(".") for name in self.names]
+        return [(tree.get_submodule(owner), leaf) for owner, _, leaf in places]
+
+    def lists(self) -> list[list[torch.Tensor]]:
+        return [[module._parameters[leaf] for module, leaf in owners] for owners in self._owners]
+
+    def first(self) -> torch.Tensor:
+        module, leaf = self._owners[0][0]
+        return module._parameters[leaf]
+
+
 class Places:
     """Where a model reads its parameters: each has one or, if tied, several attributes of its modules.
 
     Construction takes the Parameters out of the model; :meth:`install` puts plain tensors in their place, which stay
     until the next call. So whatever reads an attribute later, as activation checkpointing does in backward, finds
-    what forward found.
+    what forward found. Where nothing is installed there are tensors on the meta device, which have the shapes alone.
     """
 
     def __init__(self, model: nn.Module):
         self._places: dict[str, list[tuple[nn.Module, str]]] = {}
+        self._nothing: dict[str, torch.Tensor] = {}
         names: dict[int, str] = {}
         for prefix, module in model.named_modules():
             for leaf, parameter in list(module._parameters.items()):
-                if parameter is None:
+                if parameter is None or not combined(parameter):
                     continue
-                name = names.setdefault(id(parameter), f"{prefix}.{leaf}" if prefix else leaf)
+                name = names.setdefault(id(parameter), plain_name(f"{prefix}.{leaf}" if prefix else leaf))
                 self._places.setdefault(name, []).append((module, leaf))
-        for places in self._places.values():
-            for module, leaf in places:
+                self._nothing[name] = torch.empty_like(parameter, device="meta", requires_grad=False)
                 del module._parameters[leaf]
+        self.install(None)
 
-    def install(self, weights: Mapping[str, torch.Tensor]) -> None:
-        for name, weight in weights.items():
+    def install(self, weights: dict[str, torch.Tensor] | None) -> None:
+        """Let the model read ``weights``; None leaves it without."""
+        for name, weight in (self._nothing if weights is None else weights).items():
             for module, leaf in self._places[name]:
                 setattr(module, leaf, weight)  # an LSTM keeps a list of them, too
+        self.installed = weights
 
-    def remove(self) -> None:
-        for places in self._places.values():
-            for module, leaf in places:
-                module.__dict__.pop(leaf, None)
+    @contextlib.contextmanager
+    def installed_for(self, weights: dict[str, torch.Tensor]) -> Iterator[None]:
+        """Install for a block, after which the model has what it had before."""
+        before = self.installed
+        self.install(weights)
+        try:
+            with self.registered():
+                yield
+        finally:
+            self.install(before)
 
-    def model_with(self, model: nn.Module, weights: Mapping[str, torch.Tensor]) -> nn.Module:
-        """A copy of ``model``, the one of construction, with ``weights`` as its Parameters."""
-        self.remove()
+    @contextlib.contextmanager
+    def registered(self) -> Iterator[None]:
+        """Show what is installed as the model's parameters: its forward may ask ``next(self.parameters()).dtype``."""
+        added = [(m._parameters, leaf, w) for n, w in self.installed.items() for m, leaf in self._places[n]]
+        for parameters, leaf, weight in added:
+            parameters[leaf] = weight
+        try:
+            yield
+        finally:
+            for parameters, leaf, _ in added:
+                parameters.pop(leaf, None)
+
+    def model_with(self, model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> nn.Module:
+        """A copy of ``model``, the one of construction, with these Parameters."""
+        before = self.installed
+        self.install(None)
         copies: dict[int, nn.Module] = {}
         result = copy.deepcopy(model, copies)
-        for name, weight in weights.items():
-            parameter = nn.Parameter(weight.detach().clone())
+        self.install(before)
+        for name, parameter in parameters.items():
             for module, leaf in self._places[name]:
                 setattr(copies[id(module)], leaf, parameter)
         return result

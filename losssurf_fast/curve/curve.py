@@ -1,74 +1,299 @@
-"""A path between networks as a module: its weights are made anew for every forward (ops/curve.py has the formulas)."""
+"""A path between networks as a module: its weights are made anew for every forward (ops/curve.py has the formulas).
+
+Source: Garipov et al., "Loss surfaces, mode connectivity, and fast ensembling of DNNs", NeurIPS 2018.
+"""
 
 import contextlib
-import copy
-from collections.abc import Iterator, Sequence
+import dataclasses
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
+from losssurf_fast._library import composite_needed
 from losssurf_fast.averaging import tensors
-from losssurf_fast.curve.bends import Places, parameter_tree
+from losssurf_fast.curve import endpoints, sharding
+from losssurf_fast.curve.bends import Bends, Places, combined, parameter_tree
 from losssurf_fast.ops.curve import check_kind, check_t, curve_coefficients, curve_weights
+
+_NAME = "Curve"
 
 
 class Curve(nn.Module):
-    """A curve in weight space whose bends are parameters."""
+    """A curve in weight space between networks of one architecture, which trains like a network.
 
+    With K = ``num_bends`` bends, the end points among them, the weights at t in [0, 1] are ``w(t) = sum_j c_j(t) w_j``
+    (:func:`losssurf_fast.ops.curve_coefficients`). ``curve(x)`` draws t ~ U(0, 1) and runs the network with w(t)::
+
+        curve = lsf.Curve([net_a, net_b])                    # a Bezier curve, one trainable bend between the nets
+        optimizer = torch.optim.SGD([p for p in curve.parameters() if p.requires_grad], lr=0.015, momentum=0.9)
+        for x, y in loader:
+            loss = F.cross_entropy(curve(x), y) + 0.5 * weight_decay * curve.l2()
+            optimizer.zero_grad(), loss.backward(), optimizer.step()
+        middle = curve.module_at(0.5)                        # a network of its own
+
+    Bends are Parameters with the weights' shapes and dtypes, ``bends.<j>.<name>`` in the state_dict; a parameter that
+    is tied, frozen, complex, or computed from others (``parametrize``) in the network is so in each. Parameters of
+    integers and buffers are not combined: they are the first model's, in ``module``. That is the network, without
+    parameters of its own except within :meth:`at`. BatchNorm's running statistics belong to no t: train mode updates
+    them, and who evaluates a point runs ``update_bn`` first. The models stay as they are and share no memory with the
+    curve.
+
+    The weights of the last forward that recorded gradients stay installed in ``module``, so that activation
+    checkpointing inside it recomputes with what forward used; backward of an earlier forward reinstalls its own
+    first. :meth:`release`, a copy, and ``to`` free them.
+
+    Over several ranks t is rank 0's on all of them (``t_per_rank="same"``), so each of them must call it; or
+    (u + rank / world) mod 1 with a common u ("stratified"): each rank's t is still uniform, and their mean gradient
+    has less variance. A t that is given needs no communication. ``fully_shard(curve)`` gathers K networks for a
+    forward, :meth:`shard_` only one.
+
+    Args:
+        models: two end points, or all K bends: modules (their DistributedDataParallel and torch.compile taken off) or
+            state_dicts. Tensors are paired by name and cast to the network's devices and dtypes. Sharded ones are
+            gathered, on all ranks together.
+        kind: "bezier" or "polychain".
+        num_bends: K, at least 2; the ends count.
+        fix_start, fix_end: keep that end point as it is (``requires_grad=False``).
+        init: where inner bends start if only the ends are given: "linear", evenly on the segment between them.
+        model: the module whose forward, buffers and frozen parameters the curve takes; by default the first module of
+            ``models``. With state_dicts its buffers are then the first one's.
+        t_per_rank: "same" or "stratified".
+
+    Raises:
+        TypeError, ValueError: an argument is not as above, or models differ in names, shapes, kinds of dtypes or
+            layers, hold no values, or are equal (a path of length zero). The message names the tensor.
+        NotImplementedError: the network keeps a parameter where the curve's weights would not reach it.
+    """
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def __init__(
         self,
-        models: Sequence[nn.Module],
+        models: Sequence[nn.Module | Mapping[str, torch.Tensor]],
         *,
         kind: str = "bezier",
         num_bends: int = 3,
         fix_start: bool = True,
         fix_end: bool = True,
         init: str = "linear",
+        model: nn.Module | None = None,
+        t_per_rank: str = "same",
     ):
         super().__init__()
-        check_kind("Curve", num_bends, kind)
-        self.kind, self.num_bends = kind, num_bends
-        start, end = (tensors.named_parameters(model) for model in models)
-        tensors.match("Curve", start, end)
-        trainable = {name: p.requires_grad for name, p in start.items()}
+        check_kind(_NAME, num_bends, kind)
+        if init != "linear":
+            raise ValueError(f"{_NAME}: init must be 'linear', got {init!r}")
+        if t_per_rank not in sharding.T_PER_RANK:
+            raise ValueError(f"{_NAME}: t_per_rank must be one of {sharding.T_PER_RANK}, got {t_per_rank!r}")
+        for argument, value in (("fix_start", fix_start), ("fix_end", fix_end)):
+            if not isinstance(value, bool):
+                raise TypeError(f"{_NAME}: {argument} must be a bool, got {type(value).__name__}")
+        models = endpoints.as_models(models, num_bends)
+        template = endpoints.template_of(models, model)
+        points = endpoints.weights_of(models, template)
+        parameters = {n: p for n, p in tensors.named_parameters(template).items() if combined(p)}
+        self.kind, self.num_bends, self.t_per_rank = kind, num_bends, t_per_rank
+        self._frozen = frozen = frozenset(n for n, p in parameters.items() if not p.requires_grad)
         trees = []
         for j in range(num_bends):
-            at = j / (num_bends - 1)
             fixed = (j == 0 and fix_start) or (j == num_bends - 1 and fix_end)
-            values = {name: torch.lerp(p.detach(), end[name].detach(), at) for name, p in start.items()}
-            trees.append(parameter_tree({n: nn.Parameter(v, trainable[n] and not fixed) for n, v in values.items()}))
+            values = _bend(points, parameters, j, num_bends)
+            trees.append(parameter_tree({n: nn.Parameter(v, not fixed and n not in frozen) for n, v in values.items()}))
         self.bends = nn.ModuleList(trees)
-        self.module = copy.deepcopy(tensors.unwrap(models[0]))
-        object.__setattr__(self, "_places", Places(self.module))
+        self.module = endpoints.copy_of(template)
+        if isinstance(models[0], Mapping):
+            endpoints.load_buffers(self.module, models[0])
+        self._bends, self._places = Bends(self.bends), Places(self.module)
+        self._has_complex = any(p.is_complex() for p in self.bends[0].parameters())
+        self._last_t: torch.Tensor | None = None
+        self._last_weights: dict[str, torch.Tensor] | None = None
+        self.train(template.training)
+
+    # ---- weights ----------------------------------------------------------------------------------------------------
 
     def coefficients(self, t: float | torch.Tensor) -> torch.Tensor:
-        device = next(self.bends.parameters()).device
-        return curve_coefficients(check_t("Curve", t).to(device), self.num_bends, self.kind)
+        """The K coefficients of the bends at ``t``, on their device, in float32 (float64 for a number)."""
+        return curve_coefficients(self._as_t(t), self.num_bends, self.kind)
 
     def weights(self, t: float | torch.Tensor) -> dict[str, torch.Tensor]:
-        """The weights at ``t``, by the model's names; gradients flow to the bends and to t."""
-        bends = [dict(bend.named_parameters()) for bend in self.bends]
-        found = curve_weights([list(bend.values()) for bend in bends], self.coefficients(t))
-        return dict(zip(bends[0], found, strict=True))
+        """The weights at ``t`` by the network's names, tied ones once; gradients flow to the bends and to t.
+
+        Of sharded bends they are whole on every rank; each of them must call it, and the first one's t counts.
+        """
+        tensors.reshard(tensors.fsdp_modules(self))
+        return self._weights(self._as_t(t))
+
+    def _weights(self, t: torch.Tensor) -> dict[str, torch.Tensor]:
+        bends = self._bends.lists()
+        layout = None
+        if sharding.is_sharded(bends[0][0]):
+            if self.t_per_rank == "stratified":
+                raise ValueError(f"{_NAME}: sharded bends need t_per_rank='same', got 'stratified'")
+            layout = sharding.Layout.of(bends[0])
+            t = sharding.same_t(t, layout.mesh)
+            bends = [[sharding.part(p) for p in bend] for bend in bends]
+        if self._has_complex:
+            found = curve_weights([[*map(tensors.real, bend)] for bend in bends], self.coefficients(t))
+            pairs = zip(found, bends[0], strict=True)
+            found = [torch.view_as_complex(w) if p.is_complex() else w for w, p in pairs]
+        else:
+            found = curve_weights(bends, self.coefficients(t))
+        if layout is not None:
+            found = sharding.whole(layout, found)
+        return dict(zip(self._bends.names, found, strict=True))
+
+    def _as_t(self, t: float | torch.Tensor) -> torch.Tensor:
+        found = check_t(_NAME, t)
+        if found.numel() != 1:
+            raise ValueError(f"{_NAME}: t must be a number or a tensor of one, got shape {tuple(found.shape)}")
+        if not isinstance(t, torch.Tensor):
+            found = torch.tensor(t, dtype=torch.float64)  # float32 would move a float64 network
+        return found.reshape(()).to(self._bends.first().device)
 
     def sample_t(self) -> torch.Tensor:
-        return torch.rand((), device=next(self.bends.parameters()).device)
+        """A new t from the default generator of the bends' device, agreed upon by the ranks."""
+        t = torch.rand((), device=self._bends.first().device)
+        return sharding.t_of_rank(t, self.t_per_rank)
+
+    def l2(self, t: float | torch.Tensor | None = None) -> torch.Tensor:
+        """The sum of squares of all weights at ``t``, as a differentiable scalar; None is the last forward's t.
+
+        Half the weight decay times this is the paper's regularizer, with the optimizer's weight decay 0.
+
+        Raises:
+            RuntimeError: t is None and there was no forward yet.
+        """
+        if t is None and self._last_t is None:
+            raise RuntimeError(f"{_NAME}.l2: without t it is that of the last forward, and there was none")
+        weights = self._last_weights if t is None else None
+        if weights is None:
+            weights = self.weights(self._last_t if t is None else t)
+        squares = [torch.linalg.vector_norm(w, dtype=_wide(w.dtype)).square() for w in weights.values()]
+        return torch.stack([s.to(squares[0]) for s in squares]).sum()
+
+    @property
+    def last_t(self) -> torch.Tensor | None:
+        """The t of the last forward."""
+        return self._last_t
+
+    # ---- the network at a point -------------------------------------------------------------------------------------
 
     def forward(self, *args, t: float | torch.Tensor | None = None, **kwargs):
-        self._places.install(self.weights(self.sample_t() if t is None else t))
-        return self.module(*args, **kwargs)
+        """``module(*args, **kwargs)`` with the weights at ``t``, a number or a 0-d tensor; None draws one.
+
+        Compile with tensors for t: each number is a graph of its own.
+        """
+        t = self.sample_t() if t is None else self._as_t(t)
+        weights = self._weights(t)
+        self._last_t, self._last_weights = t, None
+        if torch.compiler.is_compiling() or composite_needed() or not torch.is_grad_enabled():
+            with self._places.installed_for(weights):
+                return self.module(*args, **kwargs)
+        self._last_weights = weights
+        self._places.install(weights)
+        with self._places.registered():
+            outputs = self.module(*args, **kwargs)
+        self._reinstall_before_backward(outputs, weights)
+        return outputs
+
+    def _reinstall_before_backward(self, outputs, weights: dict[str, torch.Tensor]) -> None:
+        """Other forwards may come before this one's backward, in which activation checkpointing asks for weights."""
+        places = weakref.ref(self._places)  # the module may keep its outputs, and then itself alive
+
+        def reinstall(_):
+            if (found := places()) is not None and found.installed is not weights:
+                found.install(weights)
+
+        for leaf in _leaves(outputs):
+            if isinstance(leaf, torch.Tensor) and leaf.grad_fn is not None:
+                leaf.register_hook(reinstall)
 
     @contextlib.contextmanager
     def at(self, t: float | torch.Tensor) -> Iterator[nn.Module]:
-        """``module`` with the weights at ``t``, without gradients, for a ``with`` block."""
+        """``module`` as the network at ``t``, its parameters among it, for a ``with`` block.
+
+        The weights are without gradients. After the block the module has what it had before, except for buffers.
+        """
         with torch.no_grad():
-            self._places.install(self.weights(t))
-        try:
+            weights = self.weights(t)
+        with self._places.installed_for(weights):
             yield self.module
-        finally:
-            self._places.remove()
 
     @torch.no_grad()
     def module_at(self, t: float | torch.Tensor) -> nn.Module:
-        """A model of its own with the weights at ``t`` as Parameters and a copy of ``module``'s buffers."""
-        return self._places.model_with(self.module, self.weights(t))
+        """A network of its own with the weights at ``t`` as Parameters and a copy of ``module``'s buffers."""
+        weights = self.weights(t)
+        parameters = {n: nn.Parameter(w.detach().clone(), n not in self._frozen) for n, w in weights.items()}
+        return self._places.model_with(self.module, parameters)
+
+    def release(self) -> None:
+        """Free the last forward's weights, which backward of an activation checkpoint inside the network needs."""
+        self._last_weights = None
+        self._places.install(None)
+
+    # ---- the module -------------------------------------------------------------------------------------------------
+
+    def shard_(self, mesh=None) -> "Curve":
+        """Shard the bends over the ranks of ``mesh`` (one dimension; None is all ranks), in place, as FSDP2 would.
+
+        Each of them holds its rows of every bend, as DTensor Parameters: make the optimizer afterwards. A forward
+        combines the bends where they lie and gathers one network; backward leaves the mean over the ranks of the
+        gradients. The values are the first rank's. Every rank must call forward, :meth:`weights`, :meth:`l2`,
+        :meth:`at` and :meth:`module_at` together, and the first one's t counts for all of them.
+
+        Raises:
+            ValueError: t is stratified over the ranks, the bends are sharded, or torch.distributed is not initialised.
+            NotImplementedError: the mesh has several dimensions.
+        """
+        if self.t_per_rank == "stratified":
+            raise ValueError(f"{_NAME}.shard_: sharded bends need t_per_rank='same', got 'stratified'")
+        self.release()
+        sharding.shard_(self.bends, mesh)
+        return self
+
+    def _apply(self, fn, recurse=True):
+        self.release()
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict:
+        self.release()  # they are no leaves, which neither a copy nor a file takes
+        last_t = self._last_t
+        return {**self.__dict__, "_last_t": None if last_t is None else last_t.detach()}
+
+    def _replicate_for_data_parallel(self):
+        raise NotImplementedError(f"{_NAME}: nn.DataParallel is not supported; use DistributedDataParallel")
+
+    def extra_repr(self) -> str:
+        fixed = [j for j, bend in enumerate(self.bends) if not any(p.requires_grad for p in bend.parameters())]
+        return f"kind={self.kind!r}, num_bends={self.num_bends}, fixed={fixed}, t_per_rank={self.t_per_rank!r}"
+
+
+def _bend(
+    points: list[dict[str, torch.Tensor]], like: Mapping[str, torch.Tensor], j: int, num_bends: int
+) -> dict[str, torch.Tensor]:
+    """New tensors of bend j, from all bends or from the ends, on the devices and in the dtypes of ``like``."""
+    at = lambda point: {name: point[name].to(p, copy=True).contiguous() for name, p in like.items()}
+    if len(points) == num_bends:
+        return at(points[j])
+    if j in (0, num_bends - 1):
+        return at(points[min(j, 1)])
+    first, last = at(points[0]), at(points[1])
+    return {name: torch.lerp(p, last[name], j / (num_bends - 1)) for name, p in first.items()}
+
+
+def _leaves(outputs) -> list:
+    """The tensors among what a network returns, also in a dataclass."""
+    leaves = []
+    for leaf in pytree.tree_leaves(outputs):
+        if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+            leaves += _leaves([getattr(leaf, field.name) for field in dataclasses.fields(leaf)])
+        else:
+            leaves.append(leaf)
+    return leaves
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
