@@ -21,7 +21,7 @@ from losssurf_fast.evaluation import Evaluation, Metric
 from losssurf_fast.neb import band
 from losssurf_fast.neb.cycles import CYCLES, Cycle, places_to_insert, read_cycles
 from losssurf_fast.neb.report import NEBReport
-from losssurf_fast.neb.weights import Rows, chain, weights_of
+from losssurf_fast.neb.weights import Rows, weights_of
 
 _NAME = "auto_neb"
 
@@ -93,17 +93,17 @@ def auto_neb(
         _NAME, loader if eval_loader is None else eval_loader, loss_fn, metrics, bn_loader=loader, device=device
     )
     run = _Run(tensors.unwrap(model), rows, ends, measure, loader, loss_fn, float(weight_decay), device)
-    with restored(model) as write, _modes_restored(model):
-        write(run.frozen)
-        if resume is not None:
-            run.take_up(*resume, plan)
-        remaining = plan[len(run.report.history) :]
-        with tqdm(total=sum(c.steps for c in remaining), desc=_NAME, unit="step", disable=not progress) as bar:
-            for cycle in remaining:
+    if resume is not None:
+        run.take_up(*resume, plan)
+    remaining = plan[len(run.report.history) :]
+    with tqdm(total=sum(c.steps for c in remaining), desc=_NAME, unit="step", ncols=80, disable=not progress) as bar:
+        for cycle in remaining:
+            with restored(model) as write, _modes_restored(model):
+                write(run.frozen)
                 run.do(cycle, bar)
-                if after_cycle is not None:
-                    after_cycle(run.curve(), copy.deepcopy(run.report))
-        return run.curve(), run.report
+            if after_cycle is not None:
+                after_cycle(run.curve(), copy.deepcopy(run.report))
+    return run.curve(), run.report
 
 
 def _check_ends(ends: list[dict[str, torch.Tensor]], rows: Rows) -> None:
@@ -136,7 +136,7 @@ def _endless(loader: Iterable) -> Iterator:
 
 
 class _Run:
-    """A band, on which cycles are done; its model is free to be written to."""
+    """A band, on which cycles are done; :meth:`do` writes to the model."""
 
     def __init__(self, model, rows, ends, measure, loader, loss_fn, weight_decay, device):
         self.model, self.rows, self.measure = model, rows, measure
@@ -228,8 +228,8 @@ class _Run:
         number = len(self.report.history) + 1
         if not finite.all():
             raise RuntimeError(
-                f"{_NAME}: the loss is not finite at {int((~finite).sum())} of {len(finite)} points after cycle {number}, "
-                f"lr={cycle.lr}; a smaller one may help"
+                f"{_NAME}: the loss must be finite on the path, it is not at {int((~finite).sum())} of {len(finite)} "
+                f"points after cycle {number}, with lr={cycle.lr}; a smaller one may help"
             )
         report = self.report
         report.points, report.subsample, report.places = points, cycle.subsample, self.places.tolist()
@@ -240,4 +240,5 @@ class _Run:
 
     def curve(self) -> Curve:
         """The path so far; its ends have the minima's own bits, which float32 keeps."""
-        return chain(self.model, [self.frozen | dict(self.rows.named_views(row)) for row in self.path])
+        bends = [self.frozen | dict(self.rows.named_views(row)) for row in self.path]
+        return Curve(bends, kind="polychain", num_bends=len(bends), model=self.model)

@@ -6,6 +6,7 @@ Source: Draxler et al., "Essentially no barriers in neural network energy landsc
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -18,7 +19,7 @@ from losssurf_fast.files import load_state, save_state
 from losssurf_fast.neb.auto import auto_neb
 from losssurf_fast.neb.cycles import CYCLES, Cycle, read_cycles
 from losssurf_fast.neb.report import NEBReport
-from losssurf_fast.neb.weights import chain, weights_of
+from losssurf_fast.neb.weights import weights_of
 
 _FORMAT = "MinimaGraph 1"
 RULES = ("unfinished", "disconnected", "mst", "lowest")
@@ -108,7 +109,7 @@ class MinimaGraph:
     def saddle(self, a: int, b: int) -> float:
         """The lowest known height at which one gets from ``a`` to ``b``: the highest saddle on their :meth:`route`."""
         route = self.route(a, b)
-        return max(self.graph.edges[edge]["saddle"] for edge in zip(route, route[1:], strict=False))
+        return max(self.graph.edges[edge]["saddle"] for edge in pairwise(route))
 
     def curve(self, a: int, b: int) -> tuple[Curve, NEBReport]:
         """The direct path from ``a`` to ``b``, on the model's device.
@@ -122,7 +123,8 @@ class MinimaGraph:
         path = self.graph.edges[a, b]["path"]
         nodes = self.graph.nodes
         inner = path.pivots if a < b else path.pivots[::-1]
-        return chain(self.model, [nodes[a]["weights"], *inner, nodes[b]["weights"]]), path.report
+        bends = [nodes[a]["weights"], *inner, nodes[b]["weights"]]
+        return Curve(bends, kind="polychain", num_bends=len(bends), model=self.model), path.report
 
     def suggest(self, rules: Sequence[str] = RULES[:3], cycles: int | None = None) -> tuple[int, int] | None:
         """The pair of minima to look between next, by the first of ``rules`` that has one; None if none has.

@@ -1,48 +1,33 @@
-"""A model's trainable parameters as one row, what minima may be given as, and the curve through many weights."""
+"""A model's trainable parameters as one row, and what minima may be given as."""
 
-import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import nn
 
 from losssurf_fast.averaging import tensors
-from losssurf_fast.curve import Curve
+from losssurf_fast.curve.endpoints import of_state_dict
 
 
 def weights_of(caller: str, argument: str, source: nn.Module | Mapping, model: nn.Module) -> dict[str, torch.Tensor]:
-    """The values that ``source``, a model or its state_dict, has for the parameters of ``model``.
+    """The values that ``source``, a model or a state_dict, has for the parameters of ``model``, by their names.
 
     Raises:
         TypeError, ValueError: it is neither, or is of another architecture.
+        NotImplementedError: weights are sharded.
     """
-    wanted = tensors.named_parameters(model)
+    wanted, caller = tensors.named_parameters(model), f"{caller}: {argument}"
     if isinstance(source, nn.Module):
-        given, extra = tensors.named_parameters(source), ()
+        named = tensors.named_parameters(source)
     elif isinstance(source, Mapping):
-        given = {tensors.plain_name(name): t for name, t in source.items()}
-        every = tensors.unwrap(model).named_parameters(remove_duplicate=False)
-        extra = {tensors.plain_name(name) for name, _ in every} | set(tensors.named_buffers(model))
+        found = of_state_dict(caller, source, tensors.unwrap(model))
+        named = {name: t for name, t in found.items() if name in wanted}
     else:
-        raise TypeError(f"{caller}: {argument} must be a model or a state_dict, got {type(source).__name__}")
-    missing = [name for name in wanted if name not in given]
-    besides = [name for name in given if name not in wanted and name not in extra]
-    if missing or besides:
-        parts = [f"it lacks {tensors.some(missing)}"] if missing else []
-        parts += [f"it has {tensors.some(besides)} besides"] if besides else []
-        raise ValueError(f"{caller}: {argument} must be of the model's architecture; {' and '.join(parts)}")
-    for name, mine in wanted.items():
-        other = given[name]
-        if not isinstance(other, torch.Tensor):
-            raise TypeError(f"{caller}: {argument}[{name!r}] must be a tensor, got {type(other).__name__}")
-        if other.shape != mine.shape:
-            shapes = f"the model's shape {tuple(mine.shape)}, got {tuple(other.shape)}"
-            raise ValueError(f"{caller}: {argument}[{name!r}] must have {shapes}")
-        if tensors.is_sharded(mine) or tensors.is_sharded(other):
-            raise NotImplementedError(f"{caller}: bands of sharded models are not written; {name} is sharded")
-        if mine.is_meta or other.is_meta:
-            raise ValueError(f"{caller}: {argument}[{name!r}] and the model's must hold values, one is on meta")
-    return {name: given[name].detach() for name in wanted}
+        raise TypeError(f"{caller} must be a model or a state_dict, got {type(source).__name__}")
+    for name, t in (wanted | named).items():
+        if tensors.is_sharded(t) or tensors.is_sharded(wanted.get(name)):
+            raise NotImplementedError(f"{caller}: bands between sharded models are not written; {name} is sharded")
+    return {name: t.detach() for name, t in zip(wanted, tensors.match(caller, wanted, named, "model"), strict=True)}
 
 
 class Rows:
@@ -73,18 +58,3 @@ class Rows:
     def install(self, row: torch.Tensor) -> None:
         """Copy ``row`` into the model's parameters."""
         torch._foreach_copy_(self.parameters, self.views(row))
-
-
-@torch.no_grad()
-def chain(model: nn.Module, bends: Sequence[Mapping[str, torch.Tensor]]) -> Curve:
-    """A curve of kind "polychain" through these weights, by the names of all parameters, with the model's buffers."""
-    ends = []
-    for weights in (bends[0], bends[-1]):
-        ends.append(copy.deepcopy(tensors.unwrap(model)))
-        for name, p in tensors.named_parameters(ends[-1]).items():
-            p.copy_(weights[name])
-    curve = Curve(ends, kind="polychain", num_bends=len(bends))
-    for bend, weights in zip(curve.bends, bends, strict=True):
-        for name, p in bend.named_parameters():
-            p.copy_(weights[name])
-    return curve
