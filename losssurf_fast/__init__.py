@@ -30,6 +30,7 @@ from losssurf_fast.curve import Curve
 from losssurf_fast.neb import MinimaGraph, auto_neb
 from losssurf_fast.objective import ELBOLoss, kl_divergence
 from losssurf_fast.prediction import predict, prediction
+from losssurf_fast.surface import Line, Plane, Rays, Surface, line, rays
 
 __version__ = "0.1.0"
 __all__ = [
@@ -40,18 +41,24 @@ __all__ = [
     "Curve",
     "ELBOLoss",
     "FGETriangleLR",
+    "Line",
     "MinimaGraph",
+    "Plane",
+    "Rays",
     "SWAConstantLR",
     "SWACyclicLR",
+    "Surface",
     "auto_neb",
     "averaged_weights",
     "conversion_report",
     "kernel_for",
     "kl_divergence",
+    "line",
     "nn",
     "ops",
     "predict",
     "prediction",
+    "rays",
     "to_lrt",
     "update_bn",
 ]

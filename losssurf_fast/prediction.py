@@ -82,7 +82,7 @@ def predict(
         raise TypeError(f"predict: seed must be an int or None, got {type(seed).__name__}")
     if draws_per_call > 1 and not isinstance(x, torch.Tensor):
         raise TypeError(f"predict: draws_per_call={draws_per_call} needs a tensor x, got {type(x).__name__}")
-    with evaluation_mode("predict", model), prediction(model, layer_scheme), _generator(seed, model, x):
+    with evaluation_mode("predict", model), prediction(model, layer_scheme), seeded(seed, model, x):
         total = None
         for start in range(0, draws, draws_per_call):
             log_probs = _log_probabilities(model, x, min(draws_per_call, draws - start))
@@ -126,7 +126,7 @@ def evaluation_mode(caller: str, model: nn.Module):
 
 
 @contextlib.contextmanager
-def _generator(seed: int | None, model: nn.Module, x):
+def seeded(seed: int | None, model: nn.Module, x=None):
     """Seeds the generators of the CPU and of the GPUs that hold ``model`` or ``x``; restores them on leaving."""
     if seed is None:
         yield

@@ -9,7 +9,7 @@ import torch
 
 from losssurf_fast.demo.data import Data
 from losssurf_fast.demo.train import Result
-from losssurf_fast.files import write_atomically
+from losssurf_fast.figures import new_figure, save_figure
 
 COLUMNS = ("network", "ELBO", "stoch.", "determ.", "ensemble")
 
@@ -59,15 +59,8 @@ def save_pictures(folder: Path, figures: dict) -> list[Path]:
     paths = []
     for name, figure in figures.items():
         paths.append(folder / name)
-        write_atomically(paths[-1], lambda temporary, figure=figure: figure.savefig(temporary, dpi=150))
+        save_figure(figure, paths[-1])
     return paths
-
-
-def new_figure(width: float, height: float):
-    """An empty figure of that size in inches, which no window shows."""
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")
 
 
 def noise_figures(results: list[Result], variance_network, data: Data) -> tuple:

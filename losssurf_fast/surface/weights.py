@@ -1,0 +1,179 @@
+"""Points of weight space: a model's parameters by name, wherever they come from, and inner products of them.
+
+Only parameters are coordinates. BatchNorm's statistics are functions of the weights and the data; with them as
+coordinates, distances are wrong (and 1e4 batches tracked are a distance of 1e4).
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel as TorchAveragedModel
+
+from losssurf_fast.averaging import tensors
+from losssurf_fast.averaging.mesh import require_finite
+from losssurf_fast.averaging.model import AveragedModel
+from losssurf_fast.curve import Curve
+from losssurf_fast.ops.curve import curve_weights
+
+Weights = dict[str, torch.Tensor]
+
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+_AVERAGED = (AveragedModel, TorchAveragedModel)
+_CHUNK = 2**20
+
+
+def weights_of(caller: str, argument: str, source, model: nn.Module | None = None) -> Weights:
+    """The floating parameters of ``source`` by plain name, in at least float32, not attached to it by gradients.
+
+    Args:
+        source: a model, an average of one, or a mapping from names to tensors, such as a state_dict or what
+            ``Curve.weights(t)`` returns.
+        model: says which entries of a mapping are parameters. Without it those of BatchNorm's buffers' names are
+            left out, and so are second names of a tied tensor.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: it is none of these, lacks parameters of the model or has entries
+            that the model does not know, or its tensors are sharded, complex, or hold no finite values.
+    """
+    named = _named(caller, argument, source)
+    if model is not None:
+        named = _select(caller, argument, named, model)
+    else:
+        named = _without_repeats({n: t for n, t in named.items() if n.rpartition(".")[2] not in _STATISTICS})
+    for name, t in named.items():
+        if tensors.is_sharded(t):
+            raise NotImplementedError(
+                f"{caller}: {argument}: {name} is sharded; give the whole model's weights (t.full_tensor())"
+            )
+        if t.is_complex():
+            raise NotImplementedError(f"{caller}: {argument}: {name} is complex, which is not written")
+        if nn.parameter.is_lazy(t) or t.is_meta:
+            raise ValueError(f"{caller}: {argument}: {name} must hold values, got none")
+    found = {n: t.detach() for n, t in named.items() if t.is_floating_point()}
+    if not any(t.numel() for t in found.values()):
+        raise ValueError(f"{caller}: {argument} must hold floating parameters, got none")
+    found = {n: t.to(torch.promote_types(t.dtype, torch.float32)) for n, t in found.items()}
+    require_finite(f"{caller}: {argument}", found)
+    return found
+
+
+def _named(caller: str, argument: str, source) -> dict[str, torch.Tensor]:
+    if isinstance(source, Curve):
+        raise TypeError(f"{caller}: {argument} must be one point; of a Curve give its weights(t)")
+    if isinstance(source, _AVERAGED):
+        return tensors.named_parameters(source.module)
+    if hasattr(source, "averages"):
+        return dict(source.averages())
+    if isinstance(source, nn.Module):
+        return tensors.named_parameters(source)
+    if not isinstance(source, Mapping):
+        wanted = "a model, an average of one, or a mapping from names to tensors"
+        raise TypeError(f"{caller}: {argument} must be {wanted}, got {type(source).__name__}")
+    named = {str(n): t for n, t in source.items() if isinstance(t, torch.Tensor)}
+    others = [str(n) for n, t in source.items() if not isinstance(t, torch.Tensor) and not str(n).endswith("_state")]
+    if others:
+        kind = type(source[others[0]]).__name__ if others[0] in source else "something else"
+        raise TypeError(f"{caller}: {argument} must map names to tensors, got a {kind} under {others[0]!r}")
+    inner = {n.removeprefix("module."): t for n, t in named.items() if n.startswith("module.")}
+    if inner and all(n.startswith("module.") or n == "n_averaged" for n in named):
+        named = inner  # the state_dict of an average, or of a DistributedDataParallel
+    return {tensors.plain_name(n): t for n, t in named.items()}
+
+
+def _without_repeats(named: Weights) -> Weights:
+    """Tied tensors once, under their first name, as ``named_parameters`` gives them."""
+    first = {}
+    for name, t in named.items():
+        key = (t.data_ptr(), t.shape, t.stride()) if t.numel() and not tensors.is_sharded(t) else name
+        first.setdefault(key, name)
+    return {name: named[name] for name in first.values()}
+
+
+def _select(caller: str, argument: str, named: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
+    parameters = model_parameters(caller, model)
+    known = {tensors.plain_name(n) for n in tensors.unwrap(model).state_dict()} | {*tensors.named_buffers(model)}
+    known |= {*tensors.named_parameters(model)}
+    require_names(caller, argument, parameters, {n: t for n, t in named.items() if n in parameters or n not in known})
+    return {n: named[n] for n in parameters}
+
+
+def model_parameters(caller: str, model: nn.Module) -> Weights:
+    """The floating parameters of a live model by plain name, which are its place in weight space."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{caller}: model must be a torch.nn.Module, got {type(model).__name__}")
+    named = tensors.named_parameters(model)
+    if any(tensors.is_sharded(p) for p in named.values()):
+        raise NotImplementedError(f"{caller}: model is sharded (FSDP2, tensor parallel), which is not written")
+    return {n: p for n, p in named.items() if p.is_floating_point()}
+
+
+def require_names(caller: str, argument: str, wanted: Weights, got: Weights, of: str = "the model") -> None:
+    """Raise unless ``got`` has the names and shapes of ``wanted``, which are those of ``of``."""
+    missing, unexpected = [n for n in wanted if n not in got], [n for n in got if n not in wanted]
+    if missing or unexpected:
+        parts = [f"lacks {tensors.some(missing)}"] if missing else []
+        parts += [f"has {tensors.some(unexpected)} besides"] if unexpected else []
+        raise ValueError(f"{caller}: {argument} must have the parameters of {of}; it {' and '.join(parts)}")
+    for name, t in wanted.items():
+        if t.shape != got[name].shape:
+            raise ValueError(
+                f"{caller}: {argument}: {name} must have shape {tuple(t.shape)} as in {of}, got {tuple(got[name].shape)}"
+            )
+
+
+def common_weights(caller: str, sources: Mapping[str, object], model: nn.Module | None = None) -> list[Weights]:
+    """Several points of one weight space, on the devices of the first and in one dtype for each name.
+
+    Args:
+        sources: what :func:`weights_of` takes, by the names of the arguments.
+        model: as there; if None, the first of the sources that is a model.
+    """
+    live = [s.module if isinstance(s, _AVERAGED) else s for s in sources.values() if isinstance(s, nn.Module)]
+    live = [s for s in live if not isinstance(s, Curve) and not hasattr(s, "averages")]  # a SWAG's names are enough
+    model = model if model is not None else next(iter(live), None)
+    found = {argument: weights_of(caller, argument, source, model) for argument, source in sources.items()}
+    (first, reference), *others = found.items()
+    for argument, weights in others:
+        require_names(caller, argument, reference, weights, of=first)
+    dtypes = {n: max((w[n].dtype for w in found.values()), key=lambda d: d.itemsize) for n in reference}
+    return [{n: w[n].to(reference[n].device, dtypes[n]) for n in reference} for w in found.values()]
+
+
+def difference(a: Weights, b: Weights) -> Weights:
+    return {n: t - b[n] for n, t in a.items()}
+
+
+def combine(points: Sequence[Weights], coefficients: Sequence[float]) -> Weights:
+    """``sum_j coefficients[j] * points[j]``, one pass on each device."""
+    groups: dict[torch.device, list[str]] = {}
+    for name, t in points[0].items():
+        groups.setdefault(t.device, []).append(name)
+    found = {}
+    for device, names in groups.items():
+        on_device = torch.tensor(coefficients, dtype=torch.float64, device=device)
+        found |= zip(names, curve_weights([[p[n] for n in names] for p in points], on_device), strict=True)
+    return {name: found[name] for name in points[0]}
+
+
+def gram(vectors: Sequence[Weights]) -> torch.Tensor:
+    """Inner products [K, K] of K vectors in float64, on the CPU."""
+    totals: dict[torch.device, torch.Tensor] = {}
+    for name, first in vectors[0].items():
+        flat = [v[name].reshape(-1) for v in vectors]
+        total = totals.setdefault(
+            first.device, torch.zeros(len(flat), len(flat), dtype=torch.float64, device=first.device)
+        )
+        for start in range(0, first.numel(), _CHUNK):
+            rows = torch.stack([f[start : start + _CHUNK].double() for f in flat])
+            total.addmm_(rows, rows.t())
+    return torch.stack([t.cpu() for t in totals.values()]).sum(0)
+
+
+def norm(vector: Weights) -> float:
+    return gram([vector]).sqrt().item()
+
+
+def require_apart(caller: str, which: str, length: float) -> None:
+    if length == 0:
+        raise ValueError(f"{caller}: {which} must be different networks, their distance is 0")
