@@ -26,7 +26,7 @@ from losssurf_fast.averaging import (
     update_bn,
 )
 from losssurf_fast.conversion import ConversionReport, conversion_report, to_lrt
-from losssurf_fast.curve import Curve
+from losssurf_fast.curve import Curve, CurveReport, evaluate_curve
 from losssurf_fast.neb import MinimaGraph, auto_neb
 from losssurf_fast.objective import ELBOLoss, kl_divergence
 from losssurf_fast.prediction import predict, prediction
@@ -39,6 +39,7 @@ __all__ = [
     "AveragedModel",
     "ConversionReport",
     "Curve",
+    "CurveReport",
     "ELBOLoss",
     "FGETriangleLR",
     "Line",
@@ -51,6 +52,7 @@ __all__ = [
     "auto_neb",
     "averaged_weights",
     "conversion_report",
+    "evaluate_curve",
     "kernel_for",
     "kl_divergence",
     "line",

@@ -1,5 +1,7 @@
 """Paths between networks: curves through bends, trained and looked at."""
 
 from losssurf_fast.curve.curve import Curve
+from losssurf_fast.curve.evaluate import evaluate_curve
+from losssurf_fast.curve.report import CurveReport
 
-__all__ = ["Curve"]
+__all__ = ["Curve", "CurveReport", "evaluate_curve"]

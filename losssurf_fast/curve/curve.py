@@ -6,7 +6,7 @@ Source: Garipov et al., "Loss surfaces, mode connectivity, and fast ensembling o
 import contextlib
 import dataclasses
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -14,11 +14,15 @@ from torch.utils import _pytree as pytree
 
 from losssurf_fast._library import composite_needed
 from losssurf_fast.averaging import tensors
+from losssurf_fast.averaging.ensemble import Ensemble
+from losssurf_fast.averaging.swap import restored
 from losssurf_fast.curve import endpoints, sharding
 from losssurf_fast.curve.bends import Bends, Places, combined, parameter_tree
+from losssurf_fast.curve.geometry import Geometry, as_points, even_points
 from losssurf_fast.ops.curve import check_kind, check_t, curve_coefficients, curve_weights
 
 _NAME = "Curve"
+T_SAMPLINGS = ("uniform", "arc_length")
 
 
 class Curve(nn.Module):
@@ -61,6 +65,7 @@ class Curve(nn.Module):
         model: the module whose forward, buffers and frozen parameters the curve takes; by default the first module of
             ``models``. With state_dicts its buffers are then the first one's.
         t_per_rank: "same" or "stratified".
+        t_sampling: "uniform" or, for the talk's loss by arc length, "arc_length" (:meth:`arc_weight`).
 
     Raises:
         TypeError, ValueError: an argument is not as above, or models differ in names, shapes, kinds of dtypes or
@@ -81,6 +86,7 @@ class Curve(nn.Module):
         init: str = "linear",
         model: nn.Module | None = None,
         t_per_rank: str = "same",
+        t_sampling: str = "uniform",
     ):
         super().__init__()
         check_kind(_NAME, num_bends, kind)
@@ -88,6 +94,8 @@ class Curve(nn.Module):
             raise ValueError(f"{_NAME}: init must be 'linear', got {init!r}")
         if t_per_rank not in sharding.T_PER_RANK:
             raise ValueError(f"{_NAME}: t_per_rank must be one of {sharding.T_PER_RANK}, got {t_per_rank!r}")
+        if t_sampling not in T_SAMPLINGS:
+            raise ValueError(f"{_NAME}: t_sampling must be one of {T_SAMPLINGS}, got {t_sampling!r}")
         for argument, value in (("fix_start", fix_start), ("fix_end", fix_end)):
             if not isinstance(value, bool):
                 raise TypeError(f"{_NAME}: {argument} must be a bool, got {type(value).__name__}")
@@ -95,7 +103,7 @@ class Curve(nn.Module):
         template = endpoints.template_of(models, model)
         points = endpoints.weights_of(models, template)
         parameters = {n: p for n, p in tensors.named_parameters(template).items() if combined(p)}
-        self.kind, self.num_bends, self.t_per_rank = kind, num_bends, t_per_rank
+        self.kind, self.num_bends, self.t_per_rank, self.t_sampling = kind, num_bends, t_per_rank, t_sampling
         self._frozen = frozen = frozenset(n for n, p in parameters.items() if not p.requires_grad)
         trees = []
         for j in range(num_bends):
@@ -154,9 +162,15 @@ class Curve(nn.Module):
         return found.reshape(()).to(self._bends.first().device)
 
     def sample_t(self) -> torch.Tensor:
-        """A new t from the default generator of the bends' device, agreed upon by the ranks."""
-        t = torch.rand((), device=self._bends.first().device)
-        return sharding.t_of_rank(t, self.t_per_rank)
+        """A new t from the default generator of the bends' device, agreed upon by the ranks.
+
+        Uniform in [0, 1], or with ``t_sampling="arc_length"`` along the curve's length.
+        """
+        t = sharding.t_of_rank(torch.rand((), device=self._bends.first().device), self.t_per_rank)
+        if self.t_sampling == "uniform":
+            return t
+        with torch.no_grad():
+            return self.geometry().quantile(t)
 
     def l2(self, t: float | torch.Tensor | None = None) -> torch.Tensor:
         """The sum of squares of all weights at ``t``, as a differentiable scalar; None is the last forward's t.
@@ -211,6 +225,32 @@ class Curve(nn.Module):
             if isinstance(leaf, torch.Tensor) and leaf.grad_fn is not None:
                 leaf.register_hook(reinstall)
 
+    def geometry(self) -> Geometry:
+        """Lengths of the curve as it is now, from one pass over the bends; gradients flow to those that need them."""
+        return Geometry.of([list(bend.parameters()) for bend in self.bends], self.kind)
+
+    def length(self, num_points: int | None = None) -> torch.Tensor:
+        """The curve's length over its parameters, a float64 scalar that gradients flow through.
+
+        None gives the arc length (exact for a chain, by quadrature for a bezier curve); a number that of the straight
+        lines between so many points at even steps of t, the sum of ``dl`` in :func:`losssurf_fast.evaluate_curve`.
+        """
+        if num_points is None:
+            return self.geometry().length()
+        geometry = self.geometry()
+        return geometry.chords(even_points("Curve.length", num_points).to(geometry.gram.device)).sum()
+
+    def arc_weight(self, t: float | torch.Tensor) -> torch.Tensor:
+        """|w'(t)| / length in t's shape, float64: the density of t under which the curve's points are uniform.
+
+        ``loss_fn(curve(x, t=t), y) * curve.arc_weight(t)`` with uniform t has the talk's loss by arc length as its
+        mean, and its gradient that of this loss: the weight is differentiable in the bends (not if these are sharded)
+        and in t. ``t_sampling="arc_length"`` draws t with this density instead: a gradient of less variance, in which
+        the density counts as fixed.
+        """
+        geometry = self.geometry()
+        return geometry.arc_weight(check_t("Curve.arc_weight", t).to(geometry.gram.device))
+
     @contextlib.contextmanager
     def at(self, t: float | torch.Tensor) -> Iterator[nn.Module]:
         """``module`` as the network at ``t``, its parameters among it, for a ``with`` block.
@@ -221,6 +261,47 @@ class Curve(nn.Module):
             weights = self.weights(t)
         with self._places.installed_for(weights):
             yield self.module
+
+    def predict(
+        self,
+        data: torch.Tensor | Iterable,
+        ts: Sequence[float] | torch.Tensor,
+        *,
+        bn_loader: Iterable | None = None,
+        recalibrate: bool = True,
+        subset: float | int | None = None,
+        device: torch.device | str | int | None = None,
+        forward_kwargs: Mapping | None = None,
+        process_group=None,
+    ) -> torch.Tensor:
+        """Class probabilities ``[..., classes]``: the mean of the softmax over points of the curve.
+
+        Accumulated as a log-mean-exp in float32 (float64 for float64 logits), without gradients, the module in
+        ``eval()``; modes and buffers are as before afterwards. Points whose t is drawn from a trained curve are an
+        ensemble for the price of one training (Garipov et al. 2018, section 5).
+
+        Args:
+            data: an input of the model, or a loader, read once per point and so always in the same order, whose batches
+                are as in :func:`losssurf_fast.update_bn`; the results are concatenated along the first dimension.
+            ts: the points, in [0, 1].
+            bn_loader: where the model has BatchNorm layers, the data by which :func:`losssurf_fast.update_bn` sets
+                their statistics anew at every point.
+            recalibrate: False keeps the statistics that ``module`` has.
+            subset, process_group: for update_bn; where it reduces over ranks, the failure of one is raised on all.
+            device, forward_kwargs: as in update_bn, for both loaders.
+
+        Raises:
+            RuntimeError: another rank failed.
+            TypeError, ValueError: an argument is not as above, a model with BatchNorm layers got no ``bn_loader``,
+                ``data`` can be read only once or is shuffled, or the outputs are no logits.
+        """
+        points, here = as_points("predict", ts), next(self.bends.parameters()).device
+        ensemble = Ensemble(
+            self.module, "point", data, bn_loader, recalibrate, subset, device, forward_kwargs, process_group, here
+        )
+        ensemble.jointly(ensemble.check)
+        with restored(self.module):
+            return ensemble.mean_of_softmax(self.at(t) for t in points)
 
     @torch.no_grad()
     def module_at(self, t: float | torch.Tensor) -> nn.Module:
