@@ -5,7 +5,6 @@ polygonal chain with one trained bend each (Garipov et al., NeurIPS 2018), and t
 2018).
 """
 
-import dataclasses
 import functools
 import time
 
@@ -14,14 +13,14 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from losssurf_fast.curve import Curve
+from losssurf_fast.curve import Curve, CurveReport, evaluate_curve
 from losssurf_fast.demo.data import Data
 from losssurf_fast.demo.models import EagerBezier, bezier_coefficients, perceptron, resnet50_tensors
-from losssurf_fast.demo.report import new_figure
 from losssurf_fast.demo.timing import Timing, alternate
-from losssurf_fast.evaluation import Evaluation
+from losssurf_fast.figures import new_figure
 from losssurf_fast.neb import auto_neb
 from losssurf_fast.ops import curve_coefficients, curve_weights
+from losssurf_fast.surface import Plane
 
 WIDTH = 32  # of the two hidden layers
 BATCH = 32
@@ -30,18 +29,8 @@ DECAY = 5e-4
 POINTS = 61  # on each path
 SEEN = 10_000  # training images at most on which paths and planes are measured
 TIMED_WIDTH, TIMED_BATCH = 1024, 128
-PICTURES = ("paths.png",)
+PICTURES = ("paths.png", "bezier.png", "chain.png")
 LINE, BEZIER, CHAIN, BAND = "straight line", "Bezier curve", "polygonal chain", "AutoNEB"
-
-
-@dataclasses.dataclass
-class Path:
-    """Training losses and test errors (fractions) at the points of a path, and its length in weight space."""
-
-    t: list[float]
-    losses: list[float]
-    errors: list[float]
-    length: float
 
 
 def show(data: Data, epochs: int, seed: int, quick: bool) -> dict:
@@ -51,13 +40,17 @@ def show(data: Data, epochs: int, seed: int, quick: bool) -> dict:
     print(f"{data.side**2}-{WIDTH}-{WIDTH}-{data.classes}, from different random weights, and what")
     print(f"lies between them (epochs: {epochs} for each network and curve).\n", flush=True)
     curves = connect(data, epochs, seed, quick)
-    paths = {name: measure(curve, data) for name, curve in curves.items()}
-    print(table(paths))
+    loaders = {"train": [(data.train_x[:SEEN], data.train_y[:SEEN])], "test": [(data.test_x, data.test_y)]}
+    reports = {name: evaluate_curve(curve, loaders, num_points=POINTS) for name, curve in curves.items()}
+    print(table(reports))
     print("error in percent; length as a multiple of the line's\n")
-    line, bezier = (max(paths[name].losses) for name in (LINE, BEZIER))
-    print(f"On the straight line the training loss rises to {line:.2f}, on")
-    print(f"the Bezier curve to {bezier:.3f}: the two are joined by a path on")
-    print("which every network is good.\n", flush=True)
+    line, bezier, band = (reports[name]["train"]["loss"].max for name in (LINE, BEZIER, BAND))
+    print(f"The training loss rises to {line:.2g} on the straight line,")
+    print(f"to {bezier:.2g} on the Bezier curve and to {band:.2g} on AutoNEB's")
+    print(f"chain of {curves[BAND].num_bends} networks.\n", flush=True)
+    figures = {PICTURES[0]: _figure(reports)}
+    for picture, name in zip(PICTURES[1:], (BEZIER, CHAIN), strict=True):
+        figures[picture] = _plane(curves[name], name, loaders["train"], points=5 if quick else 25)
 
     blocks, seconds = (2, 0) if quick else (15, 5)
     tensors = list(resnet50_tensors().parameters())
@@ -70,7 +63,7 @@ def show(data: Data, epochs: int, seed: int, quick: bool) -> dict:
     print(f"network {t.plain_ms:.2f} ms, and on the curve between two:")
     print(f"per layer  {t.eager_ms:6.2f} ms   ours {t.ours_ms:6.2f} ms   {t.ratio:.2f}x")
     print(f"on one thread, medians of {t.blocks} alternating blocks\n")
-    return {PICTURES[0]: _figure(paths)}
+    return figures
 
 
 # ---- paths ----------------------------------------------------------------------------------------------------------
@@ -131,37 +124,19 @@ def _train(model: nn.Module, data: Data, epochs: int, seed: int, name: str) -> N
             schedule.step()
 
 
-def measure(curve: Curve, data: Data) -> Path:
-    """Training loss and test error at :data:`POINTS` points."""
-    loaders = {"train": [(data.train_x[:SEEN], data.train_y[:SEEN])], "test": [(data.test_x, data.test_y)]}
-    evaluation = Evaluation("demo", loaders)
-    ts, found = torch.linspace(0, 1, POINTS).tolist(), []
-    for t in ts:
-        with curve.at(t) as model:
-            found.append(evaluation(model))
-    losses, errors = ([point[name] for point in found] for name in ("train_loss", "test_error"))
-    return Path(ts, losses, errors, 1.0)
-
-
-def table(paths: dict[str, Path]) -> str:
+def table(reports: dict[str, CurveReport]) -> str:
     """One path per line, 58 columns wide."""
     line = "{:18s}{:>8s}{:>8s}{:>8s}{:>8s}{:>8s}".format
     lines = ["{:18s}{:>16s}{:>16s}".format("", "train loss", "test error")]
     lines += [line("path", "max", "mean", "max", "mean", "length"), "-" * 58]
-    ends = next(iter(paths.values()))
-    rows = {"the two networks": Path([0, 1], ends.losses[:: POINTS - 1], ends.errors[:: POINTS - 1], 0.0), **paths}
-    for name, path in rows.items():
-        loss, error = (f"{max(values):.4f}" for values in (path.losses,)), None
-        lines.append(
-            line(
-                name,
-                f"{max(path.losses):.4f}",
-                f"{sum(path.losses) / len(path.losses):.4f}",
-                f"{100 * max(path.errors):.2f}",
-                f"{100 * sum(path.errors) / len(path.errors):.2f}",
-                f"{path.length / ends.length:.2f}" if path.length else "",
-            )
-        )
+    straight = reports[LINE]
+    for name, report in reports.items():
+        loss, error = report["train"]["loss"], report["test"]["error"]
+        numbers = f"{loss.max:.4f}", f"{loss.mean:.4f}", f"{100 * error.max:.2f}", f"{100 * error.mean:.2f}"
+        lines.append(line(name, *numbers, f"{report.length / straight.length:.2f}"))
+    ends = [straight[loader][metric].values[[0, -1]] for loader, metric in (("train", "loss"), ("test", "error"))]
+    numbers = [number for values in (ends[0], 100 * ends[1]) for number in (values.max(), values.mean())]
+    lines.append(line("only the ends", *(f"{n:.{d}f}" for n, d in zip(numbers, (4, 4, 2, 2), strict=True)), ""))
     return "\n".join(lines)
 
 
@@ -234,13 +209,14 @@ def time_steps(data: Data, blocks: int, seconds: float) -> Timing:
 _COLOURS = {LINE: "#888888", BEZIER: "#08519c", CHAIN: "#cb181d", BAND: "#238b45"}
 
 
-def _figure(paths: dict[str, Path]):
+def _figure(reports: dict[str, CurveReport]):
     """Training loss and test error along the paths."""
     figure = new_figure(8.4, 3.6)
     left, right = figure.subplots(1, 2)
-    for name, path in paths.items():
-        left.plot(path.t, path.losses, color=_COLOURS[name], lw=1.8, label=name)
-        right.plot(path.t, [100 * error for error in path.errors], color=_COLOURS[name], lw=1.8)
+    for name, report in reports.items():
+        style = {"color": _COLOURS[name], "lw": 1.8}
+        left.plot(report.ts, report["train"]["loss"].values, label=name, **style)
+        right.plot(report.ts, 100 * report["test"]["error"].values, **style)
     left.set_yscale("log")
     left.set_ylabel("training loss")
     right.set_ylabel("test error (%)")
@@ -251,3 +227,13 @@ def _figure(paths: dict[str, Path]):
         axes.spines[["top", "right"]].set_visible(False)
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     return figure
+
+
+def _plane(curve: Curve, name: str, loader: list, points: int):
+    """The training loss on the plane through a curve's two networks and its bend."""
+    start, bend, end = (dict(bend.named_parameters()) for bend in curve.bends)
+    plane = Plane.through(start, end, bend, labels=("network 1", "network 2", "bend"))
+    return plane.evaluate(
+        curve.module_at(0.0), loader, points=points, margin=(0.2, 0.2, 0.6, 0.4), trajectories={name: curve},
+        progress=False,
+    ).plot()  # fmt: skip

@@ -14,10 +14,11 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from losssurf_fast.averaging import tensors
-from losssurf_fast.averaging.batch_norm import call_on_batch
+from losssurf_fast.averaging.batch_norm import call_on_batch, to_device
 from losssurf_fast.averaging.swap import restored
 from losssurf_fast.curve import Curve
 from losssurf_fast.evaluation import Evaluation, Metric
+from losssurf_fast.loaders import refuse_single_pass, split_batch
 from losssurf_fast.neb import band
 from losssurf_fast.neb.cycles import CYCLES, Cycle, places_to_insert, read_cycles
 from losssurf_fast.neb.report import NEBReport
@@ -56,7 +57,7 @@ def auto_neb(
     Args:
         model: gives the architecture and buffers; it and its mode are as before afterwards, also on an exception.
         start, end: the minima, as models or as state_dicts, of which buffers are not used.
-        loader: yields (inputs, targets), again and again.
+        loader: yields (inputs, targets) or dicts, as in :func:`losssurf_fast.evaluate_curve`, again and again.
         loss_fn: of (outputs, targets), the mean over the batch as a scalar.
         cycles: a list of :class:`Cycle` or of dicts, each of which says what differs from the cycle before; or the name
             of a JSON file of such a list. The default is what the paper takes for a ResNet-20.
@@ -83,8 +84,7 @@ def auto_neb(
         raise TypeError(f"{_NAME}: weight_decay must be a number, got {type(weight_decay).__name__}")
     if not 0 <= weight_decay < float("inf"):
         raise ValueError(f"{_NAME}: weight_decay must be a finite number of at least 0, got {weight_decay}")
-    if not isinstance(loader, Iterable):
-        raise TypeError(f"{_NAME}: loader must be an iterable of batches, got {type(loader).__name__}")
+    refuse_single_pass(_NAME, "loader", loader, "cycle")
     plan = read_cycles(_NAME, cycles)
     ends = [weights_of(_NAME, argument, source, model) for argument, source in (("start", start), ("end", end))]
     rows = Rows(_NAME, model)
@@ -195,11 +195,10 @@ class _Run:
     def _loss(self, row: torch.Tensor, batch, grad: torch.Tensor | None) -> torch.Tensor:
         """The loss of one pivot; its gradient goes to ``grad`` [P]."""
         self.rows.install(row)
-        if not isinstance(batch, tuple | list) or len(batch) != 2:
-            raise TypeError(f"{_NAME}: loader must yield (inputs, targets), got {type(batch).__name__}")
+        inputs, targets = split_batch(_NAME, batch)
         with torch.set_grad_enabled(grad is not None):
-            targets = batch[1] if self.device is None else batch[1].to(self.device, non_blocking=True)
-            loss = self.loss_fn(call_on_batch(_NAME, self.model, batch, self.device, None), targets)
+            outputs = call_on_batch(_NAME, self.model, (inputs,), self.device, None)
+            loss = self.loss_fn(outputs, to_device(targets, self.device))
             if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
                 got = tuple(loss.shape) if isinstance(loss, torch.Tensor) else type(loss).__name__
                 raise ValueError(f"{_NAME}: loss_fn must return a scalar, the mean over a batch, got {got}")

@@ -2,28 +2,22 @@
 
 import os
 
-from losssurf_fast.files import write_atomically
+from losssurf_fast.figures import new_figure, save_figure
 
 _BLUE, _RED, _GREY = "#08519c", "#cb181d", "#888888"
-
-
-def _figure(width: float, height: float):
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")
 
 
 def _finish(figure, path: str | os.PathLike | None):
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
     if path is not None:
-        write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=150))
+        save_figure(figure, path)
     return figure
 
 
 def along_and_cycles(report, path: str | os.PathLike | None):
     """The loss along the path with its pivots, and the saddle after each cycle."""
-    figure = _figure(8, 3.4)
+    figure = new_figure(8, 3.4)
     along, cycles = figure.subplots(1, 2, width_ratios=(1.6, 1))
     along.plot(report.points["t"], report.points["loss"], color=_BLUE, lw=1.8)
     step = report.subsample + 1
@@ -50,7 +44,7 @@ def disconnectivity(graph, path: str | os.PathLike | None):
     order = [n for branch in {id(m): m for m in members.values()}.values() for n in branch]
     at = {n: float(i) for i, n in enumerate(order)}
 
-    figure = _figure(max(4.0, 0.5 * len(order) + 2), 4)
+    figure = new_figure(max(4.0, 0.5 * len(order) + 2), 4)
     axes = figure.add_subplot()
     tops = dict(losses)  # how far up a minimum's branch has been drawn
     branch = {n: [n] for n in losses}
