@@ -204,9 +204,7 @@ class _Run:
                 raise ValueError(f"{_NAME}: loss_fn must return a scalar, the mean over a batch, got {got}")
             if grad is not None:
                 if not loss.requires_grad:
-                    raise ValueError(
-                        f"{_NAME}: loss_fn must return a loss that depends on the weights, got one without"
-                    )
+                    raise ValueError(f"{_NAME}: loss_fn must depend on the weights, got a loss without gradient")
                 found = torch.autograd.grad(loss.reshape(()), self.rows.parameters, materialize_grads=True)
                 torch._foreach_copy_(self.rows.views(grad), list(found))
         return loss.detach().reshape(())

@@ -55,8 +55,12 @@ class Cycle:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise TypeError(f"Cycle: {name} must be a number, got {type(value).__name__}")
-            if not value >= 0 or (name != "spring" and value == math.inf) or (name == "momentum" and value >= 1):
-                raise ValueError(f"Cycle: {name} must be a finite number of at least 0, got {value}")
+            if name == "momentum" and not 0 <= value < 1:
+                raise ValueError(f"Cycle: momentum must lie in [0, 1), got {value}")
+            if not value >= 0:
+                raise ValueError(f"Cycle: {name} must be at least 0, got {value}")
+            if value == math.inf and name != "spring":
+                raise ValueError(f"Cycle: {name} must be finite, got {value}")
         for name, allowed in (("insert", RULES), ("spacing", SPACINGS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"Cycle: {name} must be one of {allowed}, got {getattr(self, name)!r}")

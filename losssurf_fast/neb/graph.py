@@ -33,6 +33,11 @@ def _networkx():
     return networkx
 
 
+def _on_cpu(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Copies."""
+    return {name: t.detach().to("cpu", copy=True) for name, t in weights.items()}
+
+
 @dataclass
 class _Path:
     """The inner pivots between two minima, by the model's names, in the order of the edge's smaller number first."""
@@ -63,18 +68,20 @@ class MinimaGraph:
 
     def add_minimum(self, source: nn.Module | Mapping[str, torch.Tensor], loss: float) -> int:
         """Add a minimum, a model or a state_dict, with its loss; returns its number."""
-        weights = weights_of("MinimaGraph.add_minimum", "source", source, self.model)
+        return self._add("MinimaGraph.add_minimum", "source", source, loss)
+
+    def _add(self, caller: str, argument: str, source, loss: float) -> int:
+        weights = weights_of(caller, argument, source, self.model)
         if isinstance(loss, bool) or not isinstance(loss, int | float):
-            raise TypeError(f"MinimaGraph.add_minimum: loss must be a number, got {type(loss).__name__}")
+            raise TypeError(f"{caller}: loss must be a number, got {type(loss).__name__}")
         number = len(self.graph)
-        held = {name: t.detach().to("cpu", copy=True) for name, t in weights.items()}
-        self.graph.add_node(number, loss=float(loss), weights=held)
+        self.graph.add_node(number, loss=float(loss), weights=_on_cpu(weights))
         return number
 
     def add_path(self, a: int, b: int, curve: Curve, report: NEBReport) -> bool:
         """Keep a path between two minima if its saddle is lower than that of the one between them, or it goes on it."""
         self._check_pair("add_path", a, b)
-        bends = [{name: p.detach().to("cpu", copy=True) for name, p in bend.named_parameters()} for bend in curve.bends]
+        bends = [_on_cpu(dict(bend.named_parameters())) for bend in curve.bends]
         for number, bend in ((a, bends[0]), (b, bends[-1])):
             weights = self.graph.nodes[number]["weights"]
             if not (bend.keys() == weights.keys() and all(torch.equal(bend[n], weights[n]) for n in weights)):
@@ -262,11 +269,16 @@ class MinimaGraph:
         if not isinstance(state, dict) or state.get("format") != _FORMAT:
             raise ValueError(f"MinimaGraph.load: {path} holds no MinimaGraph")
         result = cls(model)
-        for node in state["nodes"]:
-            result.add_minimum(node["weights"], node["loss"])
-        for edge in state["edges"]:
-            report = NEBReport(**edge["report"])
-            result.graph.add_edge(*edge["ends"], saddle=report.saddle, path=_Path(edge["pivots"], report))
+        try:
+            for node in state["nodes"]:
+                result._add("MinimaGraph.load", str(path), node["weights"], node["loss"])
+            for edge in state["edges"]:
+                report = NEBReport(**edge["report"])
+                for pivot in edge["pivots"]:
+                    weights_of("MinimaGraph.load", str(path), pivot, model)
+                result.graph.add_edge(*edge["ends"], saddle=report.saddle, path=_Path(edge["pivots"], report))
+        except KeyError as error:
+            raise ValueError(f"MinimaGraph.load: {path} holds no MinimaGraph: it lacks {error}") from None
         return result
 
     def plot(self, path: str | os.PathLike | None = None):
