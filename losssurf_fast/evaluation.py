@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 
-from losssurf_fast.averaging.batch_norm import call_on_batch, spread_over_ranks, to_device, update_bn
+from losssurf_fast.averaging.batch_norm import call_on_batch, spread_over_ranks, to_device, tracking_layers, update_bn
 from losssurf_fast.loaders import Inputs, num_samples, refuse_single_pass, split_batch
 from losssurf_fast.prediction import evaluation_mode
 
@@ -208,3 +208,21 @@ def _gpus(model: nn.Module) -> list[int]:
         return []
     tensors = [*model.parameters(), *model.buffers()]
     return sorted({torch.cuda.current_device(), *(t.device.index for t in tensors if t.is_cuda)})
+
+
+def statistics_loader(caller: str, model: nn.Module, loaders, bn_loader, recalibrate: bool):
+    """The data for the BatchNorm statistics of every point: ``bn_loader``, or the loader "train"; None for none.
+
+    Raises:
+        ValueError: the model has BatchNorm layers and there is no such loader, or both arguments are given.
+    """
+    if not recalibrate and bn_loader is not None:
+        raise ValueError(f"{caller}: bn_loader and recalibrate=False exclude each other")
+    if bn_loader is not None or not recalibrate or not tracking_layers(model):
+        return bn_loader
+    if isinstance(loaders, Mapping) and "train" in loaders:
+        return loaders["train"]
+    raise ValueError(
+        f"{caller}: the model has BatchNorm layers, whose statistics must be taken anew at every point; give training "
+        "data as bn_loader= or as the loader 'train', or keep the model's statistics by recalibrate=False"
+    )

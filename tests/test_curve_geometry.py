@@ -130,6 +130,34 @@ def test_geometry_quantile_of_pieces_without_length():
         assert still.length() == 0 and torch.equal(still.arc_weight(ends), torch.ones(2, dtype=F64))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_geometry_under_torch_func(kind):
+    bends = [[x[:1] for x in bend[:2]] for bend in bends_of(3)]
+    length = lambda x: Geometry.of([bends[0], [x, bends[1][1]], bends[2]], kind).length()
+    x = bends[1][0].clone().requires_grad_()
+    (wanted,) = torch.autograd.grad(length(x), x)
+    x = x.detach()
+    for transform in (torch.func.grad, torch.func.jacfwd, torch.func.jacrev):
+        torch.testing.assert_close(transform(length)(x), wanted)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        tangent = torch.autograd.forward_ad.unpack_dual(length(dual)).tangent
+    torch.testing.assert_close(tangent, wanted.sum())
+    both = torch.stack([x, x + 1])
+    torch.testing.assert_close(torch.vmap(length)(both), torch.stack([length(x), length(x + 1)]))
+    torch.testing.assert_close(
+        torch.func.hessian(length)(x), torch.autograd.functional.hessian(length, x), rtol=1e-9, atol=1e-12
+    )
+
+
+def test_geometry_nan_is_not_taken_for_zero():
+    curve = Geometry.of([[torch.zeros(2)], [torch.tensor([0.0, torch.nan])], [torch.ones(2)]], "bezier")
+    t = torch.tensor([0.2, 0.7])
+    for value in (curve.length(), curve.speed(t), curve.norm(t), curve.chords(t)[1:], curve.arc_weight(t)):
+        assert value.isnan().all()
+    assert torch.equal(curve.quantile(t), t)
+
+
 # ---- Curve -----------------------------------------------------------------------------------------------------------
 
 
@@ -150,7 +178,7 @@ def arc_loss(curve, data, targets, points=4000):
     flat = torch.stack([torch.cat([p.flatten() for p in bend.parameters()]) for bend in curve.bends])
     coefficients = lsf.ops.curve_coefficients(edges, curve.num_bends, curve.kind)
     lengths = (coefficients @ flat).diff(dim=0).norm(dim=1)
-    loss = lambda t: nn.functional.mse_loss(torch.func.functional_call(curve.module, curve.weights(t), data), targets)
+    loss = lambda t: nn.functional.mse_loss(curve(data, t=t), targets)
     losses = torch.stack([loss(t) for t in (edges[1:] + edges[:-1]) / 2])
     return (losses * lengths).sum() / lengths.sum()
 
@@ -235,6 +263,22 @@ def test_curve_trains_by_arc_length():
     assert moved == [p.requires_grad for p in curve.parameters()]
 
 
+def test_curve_length_of_complex_weights():
+    class Phases(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.phase, self.gain = nn.Parameter(torch.randn(3, dtype=torch.complex128)), nn.Parameter(torch.randn(2))
+
+    curve = lsf.Curve([Phases(), Phases()])
+    first, last = ([bend.phase, bend.gain] for bend in (curve.bends[0], curve.bends[2]))
+    square = sum((a - b).abs().double().square().sum() for a, b in zip(first, last, strict=True))
+    assert curve.length().item() == pytest.approx(square.sqrt().item(), rel=1e-6)
+    with torch.no_grad():
+        curve.bends[1].phase.add_(1j)
+    curve.length().backward()
+    assert curve.bends[1].phase.grad.dtype == torch.complex128 and curve.bends[1].phase.grad.imag.abs().max() > 0
+
+
 @pytest.mark.parametrize(
     "call, error, match",
     [
@@ -266,6 +310,21 @@ def _sharded(rank):
     sharded[1][0].requires_grad_()
     with pytest.raises(NotImplementedError, match="a sharded curve's length"):
         Geometry.of(sharded, "bezier").length().backward()
+
+    whole_curve, curve = curve_of(), curve_of(t_sampling="arc_length").shard_()
+    torch.testing.assert_close(curve.length(), whole_curve.length())
+    torch.manual_seed(rank)  # rank 0's draw is everyone's
+    u = torch.manual_seed(0) and torch.rand(())
+    torch.manual_seed(rank)
+    torch.testing.assert_close(curve.sample_t(), whole_curve.geometry().quantile(u), check_dtype=False)
+    stratified = lsf.Curve(
+        [whole_curve.module_at(t) for t in (0.0, 1.0)], t_per_rank="stratified", t_sampling="arc_length"
+    )
+    torch.manual_seed(rank)
+    torch.testing.assert_close(stratified.sample_t(), (u + rank / 2) % 1)  # a straight line
+    nn.functional.mse_loss(curve(torch.randn(6, 3, dtype=F64)), torch.zeros(6, 2, dtype=F64)).backward()
+    with pytest.raises(NotImplementedError, match="a sharded curve's length"):
+        curve.arc_weight(0.3).backward()
 
 
 def test_geometry_of_sharded_bends():

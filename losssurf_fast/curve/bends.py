@@ -29,6 +29,12 @@ def combined(parameter: torch.Tensor) -> bool:
     return parameter.is_floating_point() or parameter.is_complex()
 
 
+def computed_in(model: nn.Module) -> dict[int, torch.Tensor]:
+    """Copies, for deepcopy's memo, of what torch would not copy: tensors that a forward computed and a module keeps."""
+    kept = [value for module in model.modules() for value in vars(module).values() if isinstance(value, torch.Tensor)]
+    return {id(t): t.detach().clone() for t in kept if not t.is_leaf}
+
+
 class Bends:
     """The parameters of trees as K lists of tensors, read anew each time: FSDP2, ``to`` and loading replace them.
 
@@ -77,7 +83,10 @@ class Places:
         """Let the model read ``weights``; None leaves it without."""
         for name, weight in (self._nothing if weights is None else weights).items():
             for module, leaf in self._places[name]:
+                shown = module._parameters.pop(leaf, None) is not None
                 setattr(module, leaf, weight)  # an LSTM keeps a list of them, too
+                if shown:
+                    module._parameters[leaf] = weight
         self.installed = weights
 
     @contextlib.contextmanager
@@ -94,20 +103,21 @@ class Places:
     @contextlib.contextmanager
     def registered(self) -> Iterator[None]:
         """Show what is installed as the model's parameters: its forward may ask ``next(self.parameters()).dtype``."""
-        added = [(m._parameters, leaf, w) for n, w in self.installed.items() for m, leaf in self._places[n]]
-        for parameters, leaf, weight in added:
+        shown = [(m._parameters, leaf, w) for n, w in self.installed.items() for m, leaf in self._places[n]]
+        shown = [(parameters, leaf, w) for parameters, leaf, w in shown if leaf not in parameters]  # a block around us
+        for parameters, leaf, weight in shown:
             parameters[leaf] = weight
         try:
             yield
         finally:
-            for parameters, leaf, _ in added:
+            for parameters, leaf, _ in shown:
                 parameters.pop(leaf, None)
 
     def model_with(self, model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> nn.Module:
         """A copy of ``model``, the one of construction, with these Parameters."""
         before = self.installed
         self.install(None)
-        copies: dict[int, nn.Module] = {}
+        copies = computed_in(model)
         result = copy.deepcopy(model, copies)
         self.install(before)
         for name, parameter in parameters.items():

@@ -4,13 +4,10 @@ Source: Garipov et al., "Loss surfaces, mode connectivity, and fast ensembling o
 """
 
 import contextlib
-import dataclasses
-import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from losssurf_fast._library import composite_needed
 from losssurf_fast.averaging import tensors
@@ -18,11 +15,11 @@ from losssurf_fast.averaging.ensemble import Ensemble
 from losssurf_fast.averaging.swap import restored
 from losssurf_fast.curve import endpoints, sharding
 from losssurf_fast.curve.bends import Bends, Places, combined, parameter_tree
-from losssurf_fast.curve.geometry import Geometry, as_points, even_points
+from losssurf_fast.curve.geometry import T_SAMPLINGS, Geometry, as_points, even_points
+from losssurf_fast.curve.recompute import in_backward, prepare_backward
 from losssurf_fast.ops.curve import check_kind, check_t, curve_coefficients, curve_weights
 
 _NAME = "Curve"
-T_SAMPLINGS = ("uniform", "arc_length")
 
 
 class Curve(nn.Module):
@@ -65,7 +62,9 @@ class Curve(nn.Module):
         model: the module whose forward, buffers and frozen parameters the curve takes; by default the first module of
             ``models``. With state_dicts its buffers are then the first one's.
         t_per_rank: "same" or "stratified".
-        t_sampling: "uniform" or, for the talk's loss by arc length, "arc_length" (:meth:`arc_weight`).
+        t_sampling: "uniform" or "arc_length": t is drawn with the density |w'(t)| / length, so that points are uniform
+            on the curve and the mean loss is the paper's first one, by arc length (equation 1), whose gradient through
+            the density is left out; :meth:`arc_weight` has it. It costs one more pass over the bends per draw.
 
     Raises:
         TypeError, ValueError: an argument is not as above, or models differ in names, shapes, kinds of dtypes or
@@ -162,15 +161,12 @@ class Curve(nn.Module):
         return found.reshape(()).to(self._bends.first().device)
 
     def sample_t(self) -> torch.Tensor:
-        """A new t from the default generator of the bends' device, agreed upon by the ranks.
-
-        Uniform in [0, 1], or with ``t_sampling="arc_length"`` along the curve's length.
-        """
+        """A new t from the default generator of the bends' device, agreed upon by the ranks."""
         t = sharding.t_of_rank(torch.rand((), device=self._bends.first().device), self.t_per_rank)
-        if self.t_sampling == "uniform":
-            return t
-        with torch.no_grad():
-            return self.geometry().quantile(t)
+        if self.t_sampling == "arc_length":
+            with torch.no_grad():
+                t = Geometry.of(self._bends.lists(), self.kind).quantile(t)
+        return t
 
     def l2(self, t: float | torch.Tensor | None = None) -> torch.Tensor:
         """The sum of squares of all weights at ``t``, as a differentiable scalar; None is the last forward's t.
@@ -193,6 +189,32 @@ class Curve(nn.Module):
         """The t of the last forward."""
         return self._last_t
 
+    # ---- lengths ----------------------------------------------------------------------------------------------------
+
+    def geometry(self) -> Geometry:
+        """Norms, distances and speeds as they are now, from one pass over the bends, of sharded ones by all ranks."""
+        tensors.reshard(tensors.fsdp_modules(self))
+        return Geometry.of(self._bends.lists(), self.kind)
+
+    def length(self, num_points: int | None = None) -> torch.Tensor:
+        """The curve's length over its parameters, a float64 scalar that gradients flow through.
+
+        None gives the arc length (exact for a chain, by quadrature for a bezier curve); a number that of the straight
+        lines between so many points at even steps of t, the sum of ``dl`` in :func:`losssurf_fast.evaluate_curve`.
+        """
+        points = None if num_points is None else even_points(f"{_NAME}.length", num_points)
+        geometry = self.geometry()
+        return geometry.length() if points is None else geometry.chords(points.to(geometry.gram.device)).sum()
+
+    def arc_weight(self, t: float | torch.Tensor) -> torch.Tensor:
+        """|w'(t)| / length in t's shape, float64: the density of t under which the curve's points are uniform.
+
+        ``loss_fn(curve(x, t=t), y) * curve.arc_weight(t)`` with uniform t has the loss by arc length as its mean, and
+        its gradient that of this loss: the weight is differentiable in the bends (not if these are sharded) and in t.
+        """
+        t, geometry = check_t(f"{_NAME}.arc_weight", t), self.geometry()
+        return geometry.arc_weight(t.to(geometry.gram.device))
+
     # ---- the network at a point -------------------------------------------------------------------------------------
 
     def forward(self, *args, t: float | torch.Tensor | None = None, **kwargs):
@@ -202,54 +224,18 @@ class Curve(nn.Module):
         """
         t = self.sample_t() if t is None else self._as_t(t)
         weights = self._weights(t)
-        self._last_t, self._last_weights = t, None
-        if torch.compiler.is_compiling() or composite_needed() or not torch.is_grad_enabled():
+        passing = torch.compiler.is_compiling() or composite_needed() or not torch.is_grad_enabled()
+        self._last_t, self._last_weights = t, None if passing else weights
+        if passing or in_backward():  # where activation checkpointing runs the curve again
             with self._places.installed_for(weights):
-                return self.module(*args, **kwargs)
-        self._last_weights = weights
-        self._places.install(weights)
-        with self._places.registered():
-            outputs = self.module(*args, **kwargs)
-        self._reinstall_before_backward(outputs, weights)
+                outputs = self.module(*args, **kwargs)
+        else:
+            self._places.install(weights)
+            with self._places.registered():
+                outputs = self.module(*args, **kwargs)
+        if not passing:
+            prepare_backward(self, t, weights, outputs)
         return outputs
-
-    def _reinstall_before_backward(self, outputs, weights: dict[str, torch.Tensor]) -> None:
-        """Other forwards may come before this one's backward, in which activation checkpointing asks for weights."""
-        places = weakref.ref(self._places)  # the module may keep its outputs, and then itself alive
-
-        def reinstall(_):
-            if (found := places()) is not None and found.installed is not weights:
-                found.install(weights)
-
-        for leaf in _leaves(outputs):
-            if isinstance(leaf, torch.Tensor) and leaf.grad_fn is not None:
-                leaf.register_hook(reinstall)
-
-    def geometry(self) -> Geometry:
-        """Lengths of the curve as it is now, from one pass over the bends; gradients flow to those that need them."""
-        return Geometry.of([list(bend.parameters()) for bend in self.bends], self.kind)
-
-    def length(self, num_points: int | None = None) -> torch.Tensor:
-        """The curve's length over its parameters, a float64 scalar that gradients flow through.
-
-        None gives the arc length (exact for a chain, by quadrature for a bezier curve); a number that of the straight
-        lines between so many points at even steps of t, the sum of ``dl`` in :func:`losssurf_fast.evaluate_curve`.
-        """
-        if num_points is None:
-            return self.geometry().length()
-        geometry = self.geometry()
-        return geometry.chords(even_points("Curve.length", num_points).to(geometry.gram.device)).sum()
-
-    def arc_weight(self, t: float | torch.Tensor) -> torch.Tensor:
-        """|w'(t)| / length in t's shape, float64: the density of t under which the curve's points are uniform.
-
-        ``loss_fn(curve(x, t=t), y) * curve.arc_weight(t)`` with uniform t has the talk's loss by arc length as its
-        mean, and its gradient that of this loss: the weight is differentiable in the bends (not if these are sharded)
-        and in t. ``t_sampling="arc_length"`` draws t with this density instead: a gradient of less variance, in which
-        the density counts as fixed.
-        """
-        geometry = self.geometry()
-        return geometry.arc_weight(check_t("Curve.arc_weight", t).to(geometry.gram.device))
 
     @contextlib.contextmanager
     def at(self, t: float | torch.Tensor) -> Iterator[nn.Module]:
@@ -261,6 +247,13 @@ class Curve(nn.Module):
             weights = self.weights(t)
         with self._places.installed_for(weights):
             yield self.module
+
+    @torch.no_grad()
+    def module_at(self, t: float | torch.Tensor) -> nn.Module:
+        """A network of its own with the weights at ``t`` as Parameters and a copy of ``module``'s buffers."""
+        weights = self.weights(t)
+        parameters = {n: nn.Parameter(w.detach().clone(), n not in self._frozen) for n, w in weights.items()}
+        return self._places.model_with(self.module, parameters)
 
     def predict(
         self,
@@ -276,15 +269,15 @@ class Curve(nn.Module):
     ) -> torch.Tensor:
         """Class probabilities ``[..., classes]``: the mean of the softmax over points of the curve.
 
-        Accumulated as a log-mean-exp in float32 (float64 for float64 logits), without gradients, the module in
-        ``eval()``; modes and buffers are as before afterwards. Points whose t is drawn from a trained curve are an
-        ensemble for the price of one training (Garipov et al. 2018, section 5).
+        Accumulated as a log-mean-exp in float32 (float64 for float64 logits), without gradients, ``module`` in
+        ``eval()``; modes and buffers are as before afterwards.
 
         Args:
-            data: an input of the model, or a loader, read once per point and so always in the same order, whose batches
-                are as in :func:`losssurf_fast.update_bn`; the results are concatenated along the first dimension.
+            data: an input of the network, or a loader, read once per point and so always in the same order, whose
+                batches are as in :func:`losssurf_fast.update_bn`; the results are concatenated along the first
+                dimension.
             ts: the points, in [0, 1].
-            bn_loader: where the model has BatchNorm layers, the data by which :func:`losssurf_fast.update_bn` sets
+            bn_loader: where the network has BatchNorm layers, the data by which :func:`losssurf_fast.update_bn` sets
                 their statistics anew at every point.
             recalibrate: False keeps the statistics that ``module`` has.
             subset, process_group: for update_bn; where it reduces over ranks, the failure of one is raised on all.
@@ -292,23 +285,15 @@ class Curve(nn.Module):
 
         Raises:
             RuntimeError: another rank failed.
-            TypeError, ValueError: an argument is not as above, a model with BatchNorm layers got no ``bn_loader``,
+            TypeError, ValueError: an argument is not as above, a network with BatchNorm layers got no ``bn_loader``,
                 ``data`` can be read only once or is shuffled, or the outputs are no logits.
         """
-        points, here = as_points("predict", ts), next(self.bends.parameters()).device
-        ensemble = Ensemble(
-            self.module, "point", data, bn_loader, recalibrate, subset, device, forward_kwargs, process_group, here
-        )
+        points = as_points("predict", ts)
+        how = bn_loader, recalibrate, subset, device, forward_kwargs, process_group
+        ensemble = Ensemble(self.module, "point", data, *how, self._bends.first().device)
         ensemble.jointly(ensemble.check)
         with restored(self.module):
             return ensemble.mean_of_softmax(self.at(t) for t in points)
-
-    @torch.no_grad()
-    def module_at(self, t: float | torch.Tensor) -> nn.Module:
-        """A network of its own with the weights at ``t`` as Parameters and a copy of ``module``'s buffers."""
-        weights = self.weights(t)
-        parameters = {n: nn.Parameter(w.detach().clone(), n not in self._frozen) for n, w in weights.items()}
-        return self._places.model_with(self.module, parameters)
 
     def release(self) -> None:
         """Free the last forward's weights, which backward of an activation checkpoint inside the network needs."""
@@ -349,7 +334,8 @@ class Curve(nn.Module):
 
     def extra_repr(self) -> str:
         fixed = [j for j, bend in enumerate(self.bends) if not any(p.requires_grad for p in bend.parameters())]
-        return f"kind={self.kind!r}, num_bends={self.num_bends}, fixed={fixed}, t_per_rank={self.t_per_rank!r}"
+        how = f"t_per_rank={self.t_per_rank!r}, t_sampling={self.t_sampling!r}"
+        return f"kind={self.kind!r}, num_bends={self.num_bends}, fixed={fixed}, {how}"
 
 
 def _bend(
@@ -363,17 +349,6 @@ def _bend(
         return at(points[min(j, 1)])
     first, last = at(points[0]), at(points[1])
     return {name: torch.lerp(p, last[name], j / (num_bends - 1)) for name, p in first.items()}
-
-
-def _leaves(outputs) -> list:
-    """The tensors among what a network returns, also in a dataclass."""
-    leaves = []
-    for leaf in pytree.tree_leaves(outputs):
-        if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
-            leaves += _leaves([getattr(leaf, field.name) for field in dataclasses.fields(leaf)])
-        else:
-            leaves.append(leaf)
-    return leaves
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -8,7 +8,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from losssurf_fast.averaging import loading, tensors
-from losssurf_fast.curve.bends import combined
+from losssurf_fast.curve.bends import combined, computed_in
 from losssurf_fast.ops.curve import CURVE_DTYPES
 
 _NAME = "Curve"
@@ -70,7 +70,7 @@ def weights_of(models: Sequence[nn.Module | Mapping], template: nn.Module) -> li
         else:
             named = {n: t for n, t in of_state_dict(caller, model, template).items() if n in wanted}
         named = {name: _whole(t) for name, t in named.items()}
-        matched = dict(zip(wanted, tensors.match(caller, wanted, named, "the curve's"), strict=True))
+        matched = dict(zip(wanted, tensors.match(caller, wanted, named, "the curve"), strict=True))
         if isinstance(model, nn.Module):
             _check_layers(caller, model, template)
         for name, t in matched.items():
@@ -118,10 +118,7 @@ def copy_of(template: nn.Module) -> nn.Module:
     memo = {id(p): p for p in template.parameters() if combined(p)}
     for module in template.modules():
         _refuse_hidden(module, memo)
-        for value in vars(module).values():  # such as activations kept, which torch would not copy
-            if isinstance(value, torch.Tensor) and not value.is_leaf:
-                memo[id(value)] = value.detach().clone()
-    return copy.deepcopy(template, memo)
+    return copy.deepcopy(template, memo | computed_in(template))
 
 
 def load_buffers(model: nn.Module, state: Mapping) -> None:

@@ -1,19 +1,19 @@
 """What a model's losses and errors are along a curve."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from losssurf_fast.averaging.batch_norm import tracking_layers
 from losssurf_fast.averaging.swap import restored
 from losssurf_fast.averaging.tensors import unwrap
 from losssurf_fast.curve.curve import Curve
 from losssurf_fast.curve.geometry import as_points, even_points
 from losssurf_fast.curve.report import CurveReport, check_names
-from losssurf_fast.evaluation import Evaluation, Metric
+from losssurf_fast.evaluation import Evaluation, Metric, statistics_loader
 
 _NAME = "evaluate_curve"
 
@@ -51,7 +51,7 @@ def evaluate_curve(
         num_points: at even steps of t, the ends counted.
         ts: places on the curve instead, increasing, at least two.
         loss_fn, metrics: ``loss_fn(outputs, targets)`` gives the mean over a batch as a scalar tensor, and so do
-            ``metrics``, by name.
+            ``metrics``, by name. One named "error" replaces the fraction of wrong classes.
         weight_decay: the L2 term ``weight_decay / 2 * |w(t)|^2`` over all parameters distinguishes "loss" from "nll".
         bn_loader: data for the BatchNorm statistics; None for the loader named "train".
         recalibrate: False keeps the statistics that ``curve.module`` has.
@@ -76,15 +76,10 @@ def evaluate_curve(
     if not weight_decay >= 0:
         raise ValueError(f"{_NAME}: weight_decay must be at least 0, got {weight_decay}")
     named = dict(loaders) if isinstance(loaders, Mapping) else {"data": loaders}
-    check_names(_NAME, named, metrics or ())
-    recalibrate = recalibrate and bool(tracking_layers(curve.module))
-    if recalibrate and bn_loader is None and "train" not in named:
-        raise ValueError(
-            f"{_NAME}: bn_loader must yield the training data, as the BatchNorm statistics of every point are its "
-            "own; a loader named 'train' does as well, and recalibrate=False keeps those of the module"
-        )
-    bn_loader = (named["train"] if bn_loader is None else bn_loader) if recalibrate else None
     evaluation = Evaluation(_NAME, named, loss_fn, metrics, bn_loader, device, subset, process_group)
+    check_names(_NAME, named, metrics or ())
+    bn_loader = statistics_loader(_NAME, curve.module, named, bn_loader, recalibrate)
+    evaluation = replace(evaluation, bn_loader=bn_loader)
     geometry = curve.geometry()
     on_device = ts.to(geometry.gram.device)
     norms, dl = geometry.norm(on_device).cpu().numpy(), geometry.chords(on_device).cpu().numpy()
@@ -93,11 +88,15 @@ def evaluate_curve(
 
     found = []
     for t in tqdm(ts, desc=_NAME, unit="point", ncols=60, leave=False):
-        with curve.at(t) as model, restored(model):
+        with restored(curve.module), curve.at(t) as model:
             found.append(evaluation.by_loader(model))
     values = {}
     for name in named:
         columns = {metric: np.array([point[name][metric] for point in found]) for metric in found[0][name]}
         nll = columns.pop("loss")
-        values[name] = {"loss": nll + weight_decay / 2 * norms**2, "nll": nll, **columns}
+        values[name] = {
+            "loss": nll + weight_decay / 2 * norms**2 if weight_decay else nll.copy(),
+            "nll": nll,
+            **columns,
+        }
     return CurveReport(ts.numpy(), dl, norms, values, float(weight_decay))

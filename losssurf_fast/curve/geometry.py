@@ -22,9 +22,11 @@ import numpy as np
 import torch
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
-from losssurf_fast.averaging.tensors import local
+from losssurf_fast._library import composite_needed
+from losssurf_fast.averaging.tensors import local, real
 from losssurf_fast.ops.curve import curve_coefficients, curve_weights
 
+T_SAMPLINGS = ("uniform", "arc_length")
 CELLS = 512  # of the grid by which t is drawn on a bezier curve
 _NODES, _WEIGHTS = (torch.from_numpy(x) for x in np.polynomial.legendre.leggauss(64))
 _CHUNK = {"cpu": 1 << 14}  # elements of a bend at once: what the cache holds
@@ -68,9 +70,11 @@ class Geometry:
     @classmethod
     def of(cls, bends: Sequence[Sequence[torch.Tensor]], kind: str) -> "Geometry":
         """Of K lists of tensors; gradients flow to those that require them."""
-        flat = [t for bend in bends for t in bend]
+        if composite_needed():
+            return cls(kind, _gram_reference(bends))
+        flat = [t if isinstance(t, DTensor) else real(t) for bend in bends for t in bend]
         wanted = torch.is_grad_enabled() and any(t.requires_grad for t in flat)
-        return cls(kind, _Gram.apply(len(bends), *flat) if wanted else _gram(bends))
+        return cls(kind, _Gram.apply(len(bends), *flat) if wanted else _gram(len(bends), flat))
 
     @property
     def num_bends(self) -> int:
@@ -100,14 +104,14 @@ class Geometry:
     def arc_weight(self, t: torch.Tensor) -> torch.Tensor:
         """q(t), float64 in t's shape; 1 on a curve without length."""
         length = self.length()
-        there = length > 0
-        return torch.where(there, self.speed(t) / torch.where(there, length, 1), 1)
+        none = length == 0
+        return torch.where(none, 1, self.speed(t) / torch.where(none, 1, length))
 
     def quantile(self, u: torch.Tensor) -> torch.Tensor:
         """The t below which the fraction ``u`` of the length lies, in u's shape and dtype; so t ~ q for uniform u.
 
-        Exact for a chain; a bezier curve's speed is taken as constant in each of 512 cells. On a curve without length
-        t is u.
+        Exact for a chain; a bezier curve's speed is taken as constant in each of 512 cells. On a curve without length,
+        or with one that is not a number, t is u.
         """
         cells = self.num_bends - 1 if self.kind == "polychain" else CELLS
         speed = self.speed(self._cells(cells))
@@ -140,8 +144,15 @@ class Geometry:
     def _root(x: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
         """sqrt(x^T G x), whose gradient is 0 where it is 0."""
         square = ((x @ gram) * x).sum(-1)
-        positive = square > 0
-        return torch.where(positive, torch.where(positive, square, 1).sqrt(), 0)
+        zero = square <= 0  # by rounding below; NaN stays
+        return torch.where(zero, 0, torch.where(zero, 1, square).sqrt())
+
+
+def _gram_reference(bends: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
+    """In plain torch, with all that autograd and torch.func can do; needs K - 1 copies of the weights in float64."""
+    rows = torch.stack([torch.cat([real(t).double().reshape(-1) for t in bend]) for bend in bends])
+    rows = torch.cat([rows[:1], rows.diff(dim=0)])
+    return rows @ rows.T
 
 
 class _Gram(torch.autograd.Function):
@@ -149,8 +160,7 @@ class _Gram(torch.autograd.Function):
 
     @staticmethod
     def forward(num_bends, *flat):
-        size = len(flat) // num_bends
-        return _gram([flat[j * size : (j + 1) * size] for j in range(num_bends)])
+        return _gram(num_bends, flat)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -177,11 +187,13 @@ class _Gram(torch.autograd.Function):
 
 
 @torch.no_grad()
-def _gram(bends: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
+def _gram(num_bends: int, flat: Sequence[torch.Tensor]) -> torch.Tensor:
+    size = len(flat) // num_bends
+    bends = [flat[j * size : (j + 1) * size] for j in range(num_bends)]
     total = torch.zeros(len(bends), len(bends), dtype=torch.float64, device=bends[0][0].device)
     for placed in _by_placement(bends):
         here = torch.zeros_like(total)
-        for rows in _chunks([[local(t).detach().reshape(-1) for t in bend] for bend in placed]):
+        for rows in _chunks([[real(local(t)).detach().reshape(-1) for t in bend] for bend in placed]):
             rows = rows.double()
             rows[1:] -= rows[0]
             here += rows @ rows.T

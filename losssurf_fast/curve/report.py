@@ -1,7 +1,7 @@
 """What was measured along a curve: numbers, a table, a picture, and dnn-mode-connectivity's file."""
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +14,7 @@ _STATISTICS = {"min": "min", "max": "max", "avg": "mean", "int": "integral"}
 _OWN = ("ts", "dl", "norms", "weight_decay", "loaders", "metrics")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # arrays have no one answer
 class Profile:
     """One quantity along a curve.
 
@@ -51,7 +51,7 @@ class Profile:
         return self.max - max(float(self.values[0]), float(self.values[-1]))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class CurveReport:
     """What :func:`losssurf_fast.evaluate_curve` found.
 
@@ -141,7 +141,7 @@ class CurveReport:
         values = {loader: found for loader, found in values.items() if found}
         return cls(arrays["ts"], arrays["dl"], norms, values, float(arrays.get("weight_decay", np.nan)))
 
-    def plot(self, path: str | os.PathLike | None = None, *, along: str = "t", metrics: Iterable[str] | None = None):
+    def plot(self, path: str | os.PathLike | None = None, *, along: str = "t", metrics: Sequence[str] | None = None):
         """A picture of the profiles, with their lowest and highest points; a matplotlib figure.
 
         Args:
@@ -155,10 +155,9 @@ class CurveReport:
         if along not in ("t", "length"):
             raise ValueError(f"CurveReport.plot: along must be 't' or 'length', got {along!r}")
         known = list(dict.fromkeys(metric for found in self.values.values() for metric in found))
-        metrics = [m for m in ("loss", "error") if m in known] if metrics is None else list(metrics)
-        for metric in metrics:
-            if metric not in known:
-                raise ValueError(f"CurveReport.plot: metrics must be some of {known}, got {metric!r}")
+        metrics = [m for m in ("loss", "error") if m in known] if metrics is None else metrics
+        if isinstance(metrics, str) or not metrics or not set(metrics) <= set(known):
+            raise ValueError(f"CurveReport.plot: metrics must be a list of some of {known}, got {metrics!r}")
         x = self.ts if along == "t" else np.cumsum(self.dl)
         figure = new_figure(3.6 * len(metrics) + 0.4, 3.3)
         panels = figure.subplots(1, len(metrics), squeeze=False)[0]

@@ -13,12 +13,12 @@ _PATHS = ("#d7301f", "#c51b8a", "#252525")
 _BANDS = 10
 
 
-def contour_figure(surface: Surface, metric: str, *, log: bool, vmax: float | None):
+def contour_figure(surface: Surface, metric: str | None, *, log: bool, vmax: float | None):
     values, name = shown(surface, metric)
     vmax = None if vmax is None else vmax * (100 if name.endswith("(%)") else 1)
     finite = values[np.isfinite(values)]
     if finite.size == 0:
-        raise ValueError(f"Surface.plot: {metric} has no finite values to show")
+        raise ValueError(f"Surface.plot: {name} has no finite values to show")
     levels = contour_levels(finite, log=log, vmax=vmax)
     width, height = np.ptp(surface.xs), np.ptp(surface.ys)
     figure = new_figure(*_size(height / width))
@@ -36,9 +36,10 @@ def contour_figure(surface: Surface, metric: str, *, log: bool, vmax: float | No
     return figure
 
 
-def shown(measurements: Measurements, metric: str) -> tuple[np.ndarray, str]:
+def shown(measurements: Measurements, metric: str | None) -> tuple[np.ndarray, str]:
     """A metric's array and name as a person reads them: errors in percent."""
-    values, name = measurements.metric("plot", metric), metric.replace("_", " ")
+    metric = measurements.metric("plot", metric)
+    values, name = measurements.values[metric], metric.replace("_", " ")
     return (100 * values, f"{name} (%)") if name.endswith("error") else (values, name)
 
 
@@ -68,7 +69,7 @@ def contour_levels(finite: np.ndarray, *, log: bool, vmax: float | None) -> np.n
 
 def _size(ratio: float) -> tuple[float, float]:
     """Inches of a figure whose axes are as high as ``ratio`` times their width, without much empty space."""
-    width = 5.0 if ratio <= 1 else max(5.0 / ratio, 2.0)
+    width = 6.4 if ratio < 0.45 else 5.0 if ratio <= 1 else max(5.0 / ratio, 2.0)
     return width + 1.6, max(width * ratio, 1.2) + 0.7
 
 

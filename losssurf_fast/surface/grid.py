@@ -10,7 +10,7 @@ def check_points(caller: str, points, axes: int) -> tuple[int, ...]:
     """``points`` as one number for each axis, at least 2."""
     if isinstance(points, int):
         points = (points,) * axes
-    if not isinstance(points, Sequence) or len(points) != axes:
+    if isinstance(points, str) or not isinstance(points, Sequence) or len(points) != axes:
         wanted = "an int" if axes == 1 else f"an int or {axes} of them"
         raise TypeError(f"{caller}: points must be {wanted}, got {points!r}")
     for number in points:
@@ -25,7 +25,7 @@ def check_margin(caller: str, margin, sides: int) -> tuple[float, ...]:
     """``margin`` as one fraction for each side, not negative."""
     if isinstance(margin, int | float):
         margin = (margin,) * sides
-    if not isinstance(margin, Sequence) or len(margin) != sides:
+    if isinstance(margin, str) or not isinstance(margin, Sequence) or len(margin) != sides:
         raise TypeError(f"{caller}: margin must be a number or {sides} of them, got {margin!r}")
     for fraction in margin:
         check_number(caller, "margin", fraction)

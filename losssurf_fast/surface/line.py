@@ -14,10 +14,10 @@ from losssurf_fast.evaluation import Metric
 from losssurf_fast.surface.grid import axis_through_ends, check_labels, check_margin, check_points
 from losssurf_fast.surface.measurements import Measurements
 from losssurf_fast.surface.walk import Walk
-from losssurf_fast.surface.weights import combine, common_weights, difference, norm, require_apart
+from losssurf_fast.surface.weights import combine, common_weights, difference, norm
 
 
-@dataclass
+@dataclass(eq=False)
 class Line(Measurements):
     """What :func:`line` measured.
 
@@ -38,17 +38,14 @@ class Line(Measurements):
     def shape(self) -> tuple[int]:
         return (len(self.distances),)
 
-    def barrier(self, metric: str = "loss") -> float:
-        """How far a metric rises, between the two networks, above the straight line through its values at them.
+    def barrier(self, metric: str | None = None) -> float:
+        """How far a metric (None: the first) rises between the networks above the higher of its values at them.
 
-        (Entezari et al., "The role of permutation invariance in linear mode connectivity of neural networks", ICLR
-        2022, equation 2.) 0 where it never does; NaN where it is NaN in between.
+        At least 0; NaN where the metric is NaN in between.
         """
-        values = self.metric("barrier", metric)
-        between = (self.distances >= 0) & (self.distances <= self.length)
-        along = self.distances[between] / self.length
-        inside = values[between]
-        return float(np.max(inside - ((1 - along) * inside[0] + along * inside[-1])))
+        values = self.values[self.metric("barrier", metric)]
+        between = values[(self.distances >= 0) & (self.distances <= self.length)]
+        return float(np.max(between) - max(between[0], between[-1]))
 
     def plot(self, path: str | os.PathLike | None = None, metrics: Sequence[str] | None = None, *, log: bool = False):
         """The metrics over the distance, one panel for each kind; returns the matplotlib figure.
@@ -83,7 +80,9 @@ def line(
     metrics: Mapping[str, Metric] | None = None,
     bn_loader: Iterable | None = None,
     recalibrate: bool = True,
-    device: torch.device | str | None = None,
+    subset: float | int | None = None,
+    device: torch.device | str | int | None = None,
+    process_group=None,
     path: str | os.PathLike | None = None,
     progress: bool = True,
 ) -> Line:
@@ -95,7 +94,7 @@ def line(
         points: how many, at least 2; the two networks are among them.
         margin: how far the line goes on beyond the networks, as a fraction of their distance; one, or (before, after).
         labels: of the two networks, for pictures.
-        loader, loss_fn, metrics, bn_loader, recalibrate, device, path, progress: as for :class:`Walk`.
+        loader, loss_fn and all others: as for :class:`Walk`.
 
     Raises:
         TypeError, ValueError, NotImplementedError: an argument is not as above, the networks are the same, or of
@@ -107,11 +106,12 @@ def line(
     fractions = axis_through_ends("line", points, margins)
     walk = Walk(
         "line", model, loader, loss_fn=loss_fn, metrics=metrics, bn_loader=bn_loader, recalibrate=recalibrate,
-        device=device, path=path, progress=progress,
+        subset=subset, device=device, process_group=process_group, path=path, progress=progress,
     )  # fmt: skip
-    ends = common_weights("line", {"w_a": w_a, "w_b": w_b}, model)
+    ends, _ = common_weights("line", {"w_a": w_a, "w_b": w_b}, model)
     length = norm(difference(ends[1], ends[0]))
-    require_apart("line", "w_a and w_b", length)
+    if length == 0:
+        raise ValueError("line: w_a and w_b must be different networks, their distance is 0")
     ends = [walk.here(w) for w in ends]
     result = Line(fractions * length, length, labels)
     result.identity = walk.identity(ends, {"points": points, "margin": margins})

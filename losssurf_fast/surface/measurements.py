@@ -13,7 +13,7 @@ from losssurf_fast.files import load_arrays, save_arrays
 _VALUES = "values."
 
 
-@dataclass
+@dataclass(eq=False)
 class Measurements:
     """Metrics at the points of a grid; a subclass says in its other fields, all of them arrays, where those lie.
 
@@ -50,11 +50,11 @@ class Measurements:
         """Fields of the file for other readers, which are not read back."""
         return {}
 
-    def metric(self, caller: str, name: str) -> np.ndarray:
-        """``values[name]``; a ValueError says which there are."""
-        if name not in self.values:
+    def metric(self, caller: str, name: str | None) -> str:
+        """The name of a metric that there is; None is the first."""
+        if name is not None and name not in self.values:
             raise ValueError(f"{self.kind}.{caller}: metric must be one of {', '.join(self.values)}, got {name!r}")
-        return self.values[name]
+        return next(iter(self.values)) if name is None else name
 
     def add(self, caller: str, place: tuple, found: Mapping[str, float]) -> None:
         """Take in what was found at a point, or at several points that are one."""
@@ -135,3 +135,4 @@ class Measurements:
         if before.shape != self.shape:
             raise ValueError(f"{caller}: {path} is damaged: it has shape {before.shape}, not {self.shape}")
         self.values, self.done = before.values, before.done
+        self.save(path)  # labels and trajectories may be others

@@ -26,7 +26,16 @@ from losssurf_fast.surface.directions import random_direction
 from losssurf_fast.surface.grid import axis, check_labels, check_margin, check_number, check_points
 from losssurf_fast.surface.surface import Projection, Surface
 from losssurf_fast.surface.walk import Walk
-from losssurf_fast.surface.weights import Weights, combine, common_weights, difference, gram, norm, weights_of
+from losssurf_fast.surface.weights import (
+    Weights,
+    combine,
+    common_weights,
+    difference,
+    gram,
+    norm,
+    require_names,
+    weights_of,
+)
 
 
 class Plane:
@@ -40,16 +49,15 @@ class Plane:
         trajectories: what :meth:`evaluate` records besides, by label.
     """
 
-    def __init__(self, caller: str, origin: Weights, u: Weights, v: Weights, *, problem: str):
+    def __init__(self, caller: str, origin: Weights, u: Weights, v: Weights, *, blur: float, problem: str):
         self._origin = {name: t.clone() for name, t in origin.items()}  # the model may be trained on
         self._u, self._v = u, v
-        products = gram([u, v, origin])
-        length, other, scale = products.diagonal().clamp_min(0).sqrt().tolist()
+        products = gram([u, v])
+        length, other = products.diagonal().sqrt().tolist()
         along = products[0, 1].item() / length if length else 0.0  # <v, x_hat>
         height = math.sqrt(max(products[1, 1].item() - along**2, 0.0))
-        coarse = max(torch.finfo(t.dtype).eps for t in origin.values())
-        noise = coarse * max(scale, length, other)  # what rounding the weights does to distances
-        if length <= noise or height <= noise:
+        blur = max(blur, torch.finfo(torch.float32).eps * other)  # what rounding does to u and v
+        if length <= blur or height <= blur:
             raise ValueError(f"{caller}: {problem}")
         self._length, self._along, self._height = length, along, height
         self.marks: dict[str, tuple[float, float]] = {}
@@ -61,8 +69,8 @@ class Plane:
         """The plane through three networks: w1 at (0, 0), w2 at (distance, 0), w3 above the x axis.
 
         Args:
-            w1, w2, w3: models, averages of models (AveragedModel, SWAG), or mappings from names to tensors: state_dicts,
-                ``curve.weights(t)``. Buffers are no coordinates.
+            w1, w2, w3: models, averages of models (AveragedModel, SWAG), or mappings from names to tensors:
+                state_dicts, ``curve.weights(t)``. Buffers are no coordinates.
             labels: of the three, for pictures.
             model: tells the parameters of state_dicts from other entries, where none of the three is a model. Needed
                 only where a model has buffers besides BatchNorm's.
@@ -73,9 +81,12 @@ class Plane:
         """
         caller = "Plane.through"
         labels = check_labels(caller, labels, 3)
-        first, second, third = common_weights(caller, {"w1": w1, "w2": w2, "w3": w3}, model)
+        (first, second, third), eps = common_weights(caller, {"w1": w1, "w2": w2, "w3": w3}, model)
         u, v = difference(second, first), difference(third, first)
-        plane = cls(caller, first, u, v, problem="w1, w2 and w3 must span a plane, they lie on one line")
+        plane = cls(
+            caller, first, u, v, blur=eps * norm(first),
+            problem="w1, w2 and w3 must span a plane, they lie on one line",
+        )  # fmt: skip
         corners = ((0.0, 0.0), (plane._length, 0.0), (plane._along, plane._height))
         plane.marks = dict(zip(labels, corners, strict=True))
         plane._cover(corners)
@@ -99,9 +110,9 @@ class Plane:
         """
         caller = "Plane.random"
         extent = check_number(caller, "extent", extent, positive=True)
-        (w,) = common_weights(caller, {"center": center}, model)
+        (w,), _ = common_weights(caller, {"center": center}, model)
         u, v = (random_direction(caller, w, seed, number, normalization) for number in (0, 1))
-        plane = cls(caller, w, u, v, problem="center must have two coordinates to vary, it has one")
+        plane = cls(caller, w, u, v, blur=0.0, problem="center must have two coordinates to vary, it has one")
         sizes = (plane._length, plane._height) if normalization else (norm(w),) * 2
         plane.marks = {label: (0.0, 0.0)}
         plane._cover([(sign * extent * sizes[0], sign * extent * sizes[1]) for sign in (-1, 1)])
@@ -123,8 +134,8 @@ class Plane:
         """
         caller = "Plane.along"
         extent = check_number(caller, "extent", extent, positive=True)
-        w, u, v = common_weights(caller, {"center": center, "first": first, "second": second}, model)
-        plane = cls(caller, w, u, v, problem="first and second must span a plane, they are parallel or zero")
+        (w, u, v), _ = common_weights(caller, {"center": center, "first": first, "second": second}, model)
+        plane = cls(caller, w, u, v, blur=0.0, problem="first and second must span a plane, they are parallel or zero")
         plane.marks = {label: (0.0, 0.0)}
         plane._cover([(sign * extent * plane._length, sign * extent * plane._height) for sign in (-1, 1)])
         return plane
@@ -143,12 +154,15 @@ class Plane:
         points = {f"trajectory[{k}]": w for k, w in enumerate(trajectory)}
         if len(points) < 3:
             raise ValueError(f"{caller}: trajectory must hold at least 3 networks, got {len(points)}")
-        weights = common_weights(caller, points, model)
+        weights, eps = common_weights(caller, points, model)
         mean = combine(weights, [1 / len(weights)] * len(weights))
         deviations = [difference(w, mean) for w in weights]
         _, vectors = torch.linalg.eigh(gram(deviations))
         u, v = (combine(deviations, vectors[:, -k].tolist()) for k in (1, 2))
-        plane = cls(caller, mean, u, v, problem="the networks of trajectory must span a plane, they lie on one line")
+        plane = cls(
+            caller, mean, u, v, blur=eps * norm(mean),
+            problem="the networks of trajectory must span a plane, they lie on one line",
+        )  # fmt: skip
         path = np.array([plane.project(w) for w in weights])
         plane.trajectories = {label: Projection(path, path[:0])}
         plane._cover(path[:, :2].tolist())
@@ -189,10 +203,6 @@ class Plane:
         return Projection(np.array(path), np.array(knots).reshape(-1, 3))
 
     def _same_space(self, caller: str, weights, model: nn.Module | None) -> Weights:
-        from losssurf_fast.surface.weights import require_names
-
-        if model is None and isinstance(weights, Mapping):  # other entries than the plane's are no coordinates
-            weights = {name: t for name, t in weights.items()}
         found = weights_of(caller, "weights", weights, model)
         require_names(caller, "weights", self._origin, found, of="the plane")
         return {name: found[name].to(t.device, t.dtype) for name, t in self._origin.items()}
@@ -209,7 +219,9 @@ class Plane:
         metrics: Mapping[str, Metric] | None = None,
         bn_loader: Iterable | None = None,
         recalibrate: bool = True,
-        device: torch.device | str | None = None,
+        subset: float | int | None = None,
+        device: torch.device | str | int | None = None,
+        process_group=None,
         path: str | os.PathLike | None = None,
         progress: bool = True,
     ) -> Surface:
@@ -217,9 +229,10 @@ class Plane:
 
         Args:
             model: any live model of the plane's architecture; bit-equal afterwards, whatever happens.
-            loader, loss_fn, metrics, bn_loader, recalibrate, device, path, progress: as for :class:`Walk`.
+            loader, loss_fn and all others: as for :class:`Walk`.
             points: of the grid along x and y.
-            margin: how far the grid goes beyond the box, as a fraction of its sides; one, or (left, right, bottom, top).
+            margin: how far the grid goes beyond the box, as a fraction of its sides: one for all, or (left, right,
+                bottom, top).
             trajectories: Curves or lists of networks to draw into the picture, by label.
 
         Raises:
@@ -232,7 +245,7 @@ class Plane:
         left, right, bottom, top = check_margin(caller, margin, 4)
         arguments = {
             "loss_fn": loss_fn, "metrics": metrics, "bn_loader": bn_loader, "recalibrate": recalibrate,
-            "device": device, "path": path, "progress": progress,
+            "subset": subset, "device": device, "process_group": process_group, "path": path, "progress": progress,
         }  # fmt: skip
         walk = Walk(caller, model, loader, **arguments)
         here = self._on(walk)

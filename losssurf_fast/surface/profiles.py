@@ -22,9 +22,10 @@ def line_figure(line: Line, path: str | os.PathLike | None, metrics: Sequence[st
     for axes, group in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels.values(), strict=True):
         for metric, colour in zip(group, _COLOURS, strict=False):
             values, name = shown(line, metric)
-            axes.plot(line.distances, values, color=colour, lw=1.8, label=name)
+            loader = metric.rpartition("_")[0].replace("_", " ")
+            axes.plot(line.distances, values, color=colour, lw=1.8, label=loader)
         _ends(axes, line)
-        _frame(axes, name if len(group) == 1 else group[0].rpartition("_")[2] + (" (%)" if "%" in name else ""), log)
+        _frame(axes, name if len(group) == 1 else name.removeprefix(loader).strip(), log)
         if len(group) > 1:
             axes.legend(fontsize=8, frameon=False)
     return _saved(figure, path)
@@ -39,11 +40,13 @@ def _ends(axes, line: Line) -> None:
         )  # fmt: skip
 
 
-def rays_figure(named: Mapping[str, Rays], path: str | os.PathLike | None, metric: str, *, log: bool):
+def rays_figure(named: Mapping[str, Rays], path: str | os.PathLike | None, metric: str | None, *, log: bool):
     figure = new_figure(5.2, 3.6)
     axes = figure.add_subplot()
     for (label, rays), colour in zip(named.items(), _COLOURS, strict=False):
         values, name = shown(rays, metric)
+        if name.endswith("loss"):
+            label = f"{label}: +{rays.delta:g} at {rays.width(metric):.3g}"
         axes.plot(rays.distances, values.T, color=colour, lw=0.7, alpha=0.35)
         axes.plot(rays.distances, np.median(values, axis=0), color=colour, lw=2.2, label=label)
     _frame(axes, name, log)

@@ -22,7 +22,7 @@ from losssurf_fast.surface.walk import Walk
 from losssurf_fast.surface.weights import Weights, combine, common_weights, gram, norm
 
 
-@dataclass
+@dataclass(eq=False)
 class Rays(Measurements):
     """What :func:`rays` measured.
 
@@ -42,28 +42,28 @@ class Rays(Measurements):
     def shape(self) -> tuple[int, int]:
         return self.num_rays, len(self.distances)
 
-    def widths(self, metric: str = "loss", delta: float | None = None) -> np.ndarray:
-        """``[R]``: the distance at which a metric has first risen by ``delta`` above its value at the network.
+    def widths(self, metric: str | None = None, delta: float | None = None) -> np.ndarray:
+        """``[R]``: the distance at which a metric (None: the first) has risen by ``delta`` above that of the network.
 
         Interpolated linearly between points. inf where it has not within the largest distance; NaN where the metric
         is NaN before it has.
         """
         delta = check_number("Rays.widths", "delta", self.delta if delta is None else delta, positive=True)
-        values = self.metric("widths", metric)
+        values = self.values[self.metric("widths", metric)]
         return np.array([_first_crossing(self.distances, ray, ray[0] + delta) for ray in values])
 
-    def width(self, metric: str = "loss", delta: float | None = None) -> float:
-        """The median of :meth:`widths`, which is a number while half of the rays reach ``delta``; inf where fewer do."""
+    def width(self, metric: str | None = None, delta: float | None = None) -> float:
+        """The median of :meth:`widths`; inf where fewer than half of the rays reach ``delta``."""
         return float(np.median(self.widths(metric, delta)))
 
-    def mean_width(self, metric: str = "loss", delta: float | None = None) -> float:
+    def mean_width(self, metric: str | None = None, delta: float | None = None) -> float:
         """The mean of :meth:`widths`; inf where a single ray does not reach ``delta``."""
         return float(np.mean(self.widths(metric, delta)))
 
     def plot(
         self,
         path: str | os.PathLike | None = None,
-        metric: str = "loss",
+        metric: str | None = None,
         *,
         label: str = "w",
         others: Mapping[str, "Rays"] | None = None,
@@ -73,7 +73,7 @@ class Rays(Measurements):
 
         Args:
             path: where to save it (png, pdf, svg); None saves nothing.
-            metric: one of ``values``.
+            metric: one of ``values``; None for the first, a loss.
             label: of these rays in the legend.
             others: rays from other networks, by label, in the same picture.
             log: a logarithmic metric.
@@ -116,7 +116,9 @@ def rays(
     metrics: Mapping[str, Metric] | None = None,
     bn_loader: Iterable | None = None,
     recalibrate: bool = True,
-    device: torch.device | str | None = None,
+    subset: float | int | None = None,
+    device: torch.device | str | int | None = None,
+    process_group=None,
     path: str | os.PathLike | None = None,
     progress: bool = True,
 ) -> Rays:
@@ -132,7 +134,7 @@ def rays(
             to the weights (:func:`random_direction`), which differ between networks.
         orthogonal: make the rays orthogonal to each other, for which all of them are held at once.
         delta: the rise of the loss that defines its width.
-        loader, loss_fn, metrics, bn_loader, recalibrate, device, path, progress: as for :class:`Walk`.
+        loader, loss_fn and all others: as for :class:`Walk`.
 
     Raises:
         TypeError, ValueError, NotImplementedError: an argument is not as above, or the weights are of another
@@ -149,9 +151,9 @@ def rays(
     check_normalization("rays", normalization)
     walk = Walk(
         "rays", model, loader, loss_fn=loss_fn, metrics=metrics, bn_loader=bn_loader, recalibrate=recalibrate,
-        device=device, path=path, progress=progress,
+        subset=subset, device=device, process_group=process_group, path=path, progress=progress,
     )  # fmt: skip
-    (w,) = common_weights("rays", {"weights": weights}, model)
+    (w,), _ = common_weights("rays", {"weights": weights}, model)
     w = walk.here(w)
     directions = unit_directions(w, num_rays, seed, normalization, orthogonal)
     distances = np.linspace(0.0, max_distance, points)

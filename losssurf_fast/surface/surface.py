@@ -10,7 +10,7 @@ import numpy as np
 from losssurf_fast.surface.measurements import Measurements
 
 
-@dataclass
+@dataclass(eq=False)
 class Projection:
     """A trajectory as a plane sees it.
 
@@ -23,7 +23,7 @@ class Projection:
     knots: np.ndarray
 
 
-@dataclass
+@dataclass(eq=False)
 class Surface(Measurements):
     """What :meth:`Plane.evaluate` measured; x and y are distances in weight space along orthonormal directions.
 
@@ -47,12 +47,12 @@ class Surface(Measurements):
     def shape(self) -> tuple[int, int]:
         return len(self.xs), len(self.ys)
 
-    def plot(self, path: str | os.PathLike | None = None, metric: str = "loss", *, log: bool = True, vmax=None):
+    def plot(self, path: str | os.PathLike | None = None, metric: str | None = None, *, log: bool = True, vmax=None):
         """A contour picture of a metric; see :func:`losssurf_fast.surface.contours.contour_figure`.
 
         Args:
             path: where to save it (png, pdf, svg); None saves nothing.
-            metric: one of ``values``.
+            metric: one of ``values``; None for the first, a loss.
             log: levels at growing distances above the smallest value, or at equal ones.
             vmax: larger values are all shown alike.
 

@@ -6,17 +6,18 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
 from losssurf_fast.averaging import tensors
-from losssurf_fast.averaging.batch_norm import tracking_layers
+from losssurf_fast.averaging.batch_norm import jointly, spread_over_ranks, tracking_layers
 from losssurf_fast.averaging.swap import restored
-from losssurf_fast.evaluation import Evaluation, Metric
+from losssurf_fast.evaluation import Evaluation, Metric, statistics_loader
 from losssurf_fast.prediction import seeded
 from losssurf_fast.surface.measurements import Measurements
-from losssurf_fast.surface.weights import Weights, model_parameters, require_names
+from losssurf_fast.surface.weights import Weights, known_names, model_parameters, require_names
 
 Place = tuple  # an index of the grid's arrays
 
@@ -28,13 +29,19 @@ class Walk:
         caller: the public function, for messages.
         model: the live model. Within :meth:`run` its parameters and buffers change in place; they are bit-equal
             afterwards, also after an exception, and so are all modules' modes.
-        loader: one loader, or loaders by name: then the metrics are called "train_loss", "test_error" ...
+        loader: one loader, or loaders by name: then the metrics are called "train_loss", "test_error" ... Batches are
+            ``(inputs, targets)``, or dicts (:mod:`losssurf_fast.loaders`).
         loss_fn: ``loss_fn(outputs, targets)``, a mean over the batch.
         metrics: further ones of the same form, by name.
         bn_loader: training data for the BatchNorm statistics of every point; by default the loader called "train".
         recalibrate: False keeps the model's statistics instead, which belong to other weights.
+        subset: how much of ``bn_loader`` to read, as in :func:`losssurf_fast.update_bn`.
         device: where batches are moved; None leaves them.
-        path: an npz file that is whole after every point; an interrupted run that is called again goes on from it.
+        process_group: where torch.distributed is initialised each rank reads its share of the data, and all get the
+            same metrics: None for all ranks, False for this one alone.
+        path: an npz file that is whole after every point. The same call goes on from what an interrupted one left
+            there; a call for other weights, points, metrics (functions by their names), loaders' lengths or buffers is
+            refused. Of several ranks the first reads and writes it.
         progress: show a bar.
 
     At every point torch's generators start from the same state, so a loader that shuffles or augments by them yields
@@ -54,29 +61,30 @@ class Walk:
         metrics: Mapping[str, Metric] | None = None,
         bn_loader: Iterable | None = None,
         recalibrate: bool = True,
-        device: torch.device | str | None = None,
+        subset: float | int | None = None,
+        device: torch.device | str | int | None = None,
+        process_group=None,
         path: str | os.PathLike | None = None,
         progress: bool = True,
     ):
         self.caller, self.model, self.path, self.progress = caller, model, path, progress
         self.parameters = model_parameters(caller, model)
-        bn_loader = _statistics_loader(caller, model, loader, bn_loader, recalibrate)
-        loaders = loader if isinstance(loader, Mapping) else {"loader": loader}
-        if not loaders:
-            raise ValueError(f"{caller}: loader must hold at least one loader, got none")
-        for name, each in {**loaders, "bn_loader": bn_loader}.items():
-            _check_loader(caller, name, each, optional=each is bn_loader)
-        for name, function in {"loss_fn": loss_fn, **(metrics or {})}.items():
-            if not callable(function):
-                raise TypeError(f"{caller}: {name} must be callable, got {type(function).__name__}")
-        if path is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
-            raise NotImplementedError(f"{caller}: path= where torch.distributed is initialised is not written")
-        self.evaluation = Evaluation(caller, loader, loss_fn, metrics, bn_loader, device)
+        self._others = known_names(model)
+        bn_loader = statistics_loader(caller, model, loader, bn_loader, recalibrate)
+        self.evaluation = Evaluation(caller, loader, loss_fn, metrics, bn_loader, device, subset, process_group)
 
     def here(self, weights: Weights) -> Weights:
-        """``weights`` on the devices of the model, whose parameters they must be."""
+        """``weights`` on the model's devices, in memory that a walk leaves alone; they must be its parameters."""
+        others = [name for name in weights if name in self._others and name not in self.parameters]
+        if others:
+            raise ValueError(
+                f"{self.caller}: the weights must be parameters of the model alone, they hold {tensors.some(others)}; "
+                "give model= where they are taken from state_dicts"
+            )
         require_names(self.caller, "model", weights, self.parameters, of="the weights")
-        return {name: t.to(self.parameters[name].device) for name, t in weights.items()}
+        live = {p.untyped_storage().data_ptr() for p in self.parameters.values()}
+        moved = {name: t.to(self.parameters[name].device) for name, t in weights.items()}
+        return {name: t.clone() if t.untyped_storage().data_ptr() in live else t for name, t in moved.items()}
 
     def identity(self, weights: Sequence[Weights], grid: Mapping[str, object]) -> dict[str, str]:
         """What makes a run the one that it is, by key; only needed with a path, for which weights are hashed."""
@@ -90,18 +98,18 @@ class Walk:
         return {
             "weights": _digest(*weights),
             "grid": json.dumps(grid),
-            "loss_fn and metrics": json.dumps(
-                {"loss": _name(e.loss_fn), **{n: _name(m) for n, m in (e.metrics or {}).items()}}
-            ),
+            "loss_fn": _name(e.loss_fn),
+            "metrics": json.dumps({name: _name(metric) for name, metric in (e.metrics or {}).items()}),
             "loader": json.dumps({name: _length(loader) for name, loader in loaders.items()}),
-            "BatchNorm": f"recalibrated, {_length(e.bn_loader)} batches" if statistics else "as in the model",
+            "BatchNorm": f"from {e.subset or 'all'} of {_length(e.bn_loader)} batches" if statistics else "the model's",
             "the model's buffers": _digest({n: b for n, b in buffers.items() if not n.startswith(recalibrated)}),
         }
 
     def run(self, result: Measurements, places: Iterable[Place], weights_at: Callable[[Place], Weights]) -> None:
         """Measure those of ``places`` that ``result``, or the file of its run, does not hold yet."""
         if self.path is not None:
-            result.resume(self.caller, self.path)
+            self._on_first_rank(lambda: result.resume(self.caller, self.path))
+            result.values, result.done = self._from_first_rank((result.values, result.done))
         places = list(places)
         left = [place for place in places if not result.done[place].all()]
         if not left:
@@ -114,39 +122,30 @@ class Walk:
                     found = self.evaluation(self.model)
                 result.add(self.caller, place, found)
                 if self.path is not None:
-                    result.save(self.path)
+                    self._on_first_rank(lambda: result.save(self.path))
+
+    def _on_first_rank(self, action: Callable[[], None]) -> None:
+        """``action``, on one rank; where it fails all raise."""
+        first, device = self._is_first_rank(), next(iter(self.parameters.values())).device
+        jointly(self.caller, lambda: action() if first else None, device, self.evaluation.process_group)
+
+    def _is_first_rank(self) -> bool:
+        group = self.evaluation.process_group
+        return not spread_over_ranks(group) or dist.get_rank(group) == 0
+
+    def _from_first_rank(self, value):
+        group = self.evaluation.process_group
+        if not spread_over_ranks(group):
+            return value
+        held = [value]
+        dist.broadcast_object_list(held, group=group, group_src=0)
+        return held[0]
 
     def _bar(self, left: list, total: int) -> Iterator:
         return tqdm(
             left, total=total, initial=total - len(left), desc=self.caller, unit="point", ncols=72, leave=False,
-            disable=not self.progress,
+            disable=not (self.progress and self._is_first_rank()),
         )  # fmt: skip
-
-
-def _statistics_loader(caller: str, model: nn.Module, loaders, bn_loader, recalibrate: bool):
-    if not recalibrate and bn_loader is not None:
-        raise ValueError(f"{caller}: bn_loader and recalibrate=False exclude each other")
-    if bn_loader is not None or not recalibrate or not tracking_layers(model):
-        return bn_loader
-    if isinstance(loaders, Mapping) and "train" in loaders:
-        return loaders["train"]
-    raise ValueError(
-        f"{caller}: the model has BatchNorm layers, whose statistics must be taken anew at every point; give training "
-        "data as bn_loader= or as the loader 'train', or keep the model's statistics by recalibrate=False"
-    )
-
-
-def _check_loader(caller: str, name: str, loader, optional: bool) -> None:
-    if loader is None and optional:
-        return
-    if not isinstance(loader, Iterable) or isinstance(loader, torch.Tensor):
-        raise TypeError(f"{caller}: {name} must be an iterable of batches, got {type(loader).__name__}")
-    if isinstance(loader, Iterator):
-        raise TypeError(
-            f"{caller}: {name} is read at every point, got a {type(loader).__name__}, which ends; use a list"
-        )
-    if _length(loader) == 0:
-        raise ValueError(f"{caller}: {name} must yield at least one batch, got none")
 
 
 def _length(loader) -> int | None:

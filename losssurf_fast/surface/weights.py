@@ -4,6 +4,8 @@ Only parameters are coordinates. BatchNorm's statistics are functions of the wei
 coordinates, distances are wrong (and 1e4 batches tracked are a distance of 1e4).
 """
 
+import functools
+import itertools
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -24,7 +26,7 @@ _CHUNK = 2**20
 
 
 def weights_of(caller: str, argument: str, source, model: nn.Module | None = None) -> Weights:
-    """The floating parameters of ``source`` by plain name, in at least float32, not attached to it by gradients.
+    """The floating parameters of ``source`` by plain name, without gradients.
 
     Args:
         source: a model, an average of one, or a mapping from names to tensors, such as a state_dict or what
@@ -37,6 +39,7 @@ def weights_of(caller: str, argument: str, source, model: nn.Module | None = Non
             that the model does not know, or its tensors are sharded, complex, or hold no finite values.
     """
     named = _named(caller, argument, source)
+    _require_values(f"{caller}: {argument}", named)
     if model is not None:
         named = _select(caller, argument, named, model)
     else:
@@ -48,12 +51,9 @@ def weights_of(caller: str, argument: str, source, model: nn.Module | None = Non
             )
         if t.is_complex():
             raise NotImplementedError(f"{caller}: {argument}: {name} is complex, which is not written")
-        if nn.parameter.is_lazy(t) or t.is_meta:
-            raise ValueError(f"{caller}: {argument}: {name} must hold values, got none")
     found = {n: t.detach() for n, t in named.items() if t.is_floating_point()}
     if not any(t.numel() for t in found.values()):
         raise ValueError(f"{caller}: {argument} must hold floating parameters, got none")
-    found = {n: t.to(torch.promote_types(t.dtype, torch.float32)) for n, t in found.items()}
     require_finite(f"{caller}: {argument}", found)
     return found
 
@@ -70,15 +70,22 @@ def _named(caller: str, argument: str, source) -> dict[str, torch.Tensor]:
     if not isinstance(source, Mapping):
         wanted = "a model, an average of one, or a mapping from names to tensors"
         raise TypeError(f"{caller}: {argument} must be {wanted}, got {type(source).__name__}")
-    named = {str(n): t for n, t in source.items() if isinstance(t, torch.Tensor)}
-    others = [str(n) for n, t in source.items() if not isinstance(t, torch.Tensor) and not str(n).endswith("_state")]
-    if others:
-        kind = type(source[others[0]]).__name__ if others[0] in source else "something else"
-        raise TypeError(f"{caller}: {argument} must map names to tensors, got a {kind} under {others[0]!r}")
+    named = {}
+    for name, t in source.items():
+        if isinstance(name, str) and isinstance(t, torch.Tensor):
+            named[name] = t
+        elif not str(name).endswith("_extra_state"):  # torch's entry for what a module saves besides tensors
+            raise TypeError(f"{caller}: {argument} must map names to tensors, got a {type(t).__name__} under {name!r}")
     inner = {n.removeprefix("module."): t for n, t in named.items() if n.startswith("module.")}
     if inner and all(n.startswith("module.") or n == "n_averaged" for n in named):
         named = inner  # the state_dict of an average, or of a DistributedDataParallel
     return {tensors.plain_name(n): t for n, t in named.items()}
+
+
+def _require_values(what: str, named: Mapping[str, torch.Tensor]) -> None:
+    for name, t in named.items():
+        if nn.parameter.is_lazy(t) or t.is_meta:
+            raise ValueError(f"{what}: {name} must hold values, got none")
 
 
 def _without_repeats(named: Weights) -> Weights:
@@ -92,10 +99,16 @@ def _without_repeats(named: Weights) -> Weights:
 
 def _select(caller: str, argument: str, named: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
     parameters = model_parameters(caller, model)
-    known = {tensors.plain_name(n) for n in tensors.unwrap(model).state_dict()} | {*tensors.named_buffers(model)}
-    known |= {*tensors.named_parameters(model)}
+    known = known_names(model)
     require_names(caller, argument, parameters, {n: t for n, t in named.items() if n in parameters or n not in known})
     return {n: named[n] for n in parameters}
+
+
+def known_names(model: nn.Module) -> set[str]:
+    """Every plain name of a model's tensors: parameters under all of their names, and buffers."""
+    model = tensors.unwrap(model)
+    named = itertools.chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
+    return {tensors.plain_name(name) for name, _ in named}
 
 
 def model_parameters(caller: str, model: nn.Module) -> Weights:
@@ -103,6 +116,7 @@ def model_parameters(caller: str, model: nn.Module) -> Weights:
     if not isinstance(model, nn.Module):
         raise TypeError(f"{caller}: model must be a torch.nn.Module, got {type(model).__name__}")
     named = tensors.named_parameters(model)
+    _require_values(f"{caller}: model", named)
     if any(tensors.is_sharded(p) for p in named.values()):
         raise NotImplementedError(f"{caller}: model is sharded (FSDP2, tensor parallel), which is not written")
     return {n: p for n, p in named.items() if p.is_floating_point()}
@@ -117,17 +131,21 @@ def require_names(caller: str, argument: str, wanted: Weights, got: Weights, of:
         raise ValueError(f"{caller}: {argument} must have the parameters of {of}; it {' and '.join(parts)}")
     for name, t in wanted.items():
         if t.shape != got[name].shape:
-            raise ValueError(
-                f"{caller}: {argument}: {name} must have shape {tuple(t.shape)} as in {of}, got {tuple(got[name].shape)}"
-            )
+            shapes = f"shape {tuple(t.shape)} as in {of}, got {tuple(got[name].shape)}"
+            raise ValueError(f"{caller}: {argument}: {name} must have {shapes}")
 
 
-def common_weights(caller: str, sources: Mapping[str, object], model: nn.Module | None = None) -> list[Weights]:
+def common_weights(
+    caller: str, sources: Mapping[str, object], model: nn.Module | None = None
+) -> tuple[list[Weights], float]:
     """Several points of one weight space, on the devices of the first and in one dtype for each name.
 
     Args:
         sources: what :func:`weights_of` takes, by the names of the arguments.
         model: as there; if None, the first of the sources that is a model.
+
+    Returns:
+        The weights, in at least float32, and the relative rounding error of the coarsest dtype that they came in.
     """
     live = [s.module if isinstance(s, _AVERAGED) else s for s in sources.values() if isinstance(s, nn.Module)]
     live = [s for s in live if not isinstance(s, Curve) and not hasattr(s, "averages")]  # a SWAG's names are enough
@@ -136,8 +154,10 @@ def common_weights(caller: str, sources: Mapping[str, object], model: nn.Module 
     (first, reference), *others = found.items()
     for argument, weights in others:
         require_names(caller, argument, reference, weights, of=first)
-    dtypes = {n: max((w[n].dtype for w in found.values()), key=lambda d: d.itemsize) for n in reference}
-    return [{n: w[n].to(reference[n].device, dtypes[n]) for n in reference} for w in found.values()]
+    given = {n: {w[n].dtype for w in found.values()} for n in reference}
+    dtypes = {n: functools.reduce(torch.promote_types, dtypes, torch.float32) for n, dtypes in given.items()}
+    coarsest = max(torch.finfo(dtype).eps for dtypes in given.values() for dtype in dtypes)
+    return [{n: w[n].to(reference[n].device, dtypes[n]) for n in reference} for w in found.values()], coarsest
 
 
 def difference(a: Weights, b: Weights) -> Weights:
@@ -172,8 +192,3 @@ def gram(vectors: Sequence[Weights]) -> torch.Tensor:
 
 def norm(vector: Weights) -> float:
     return gram([vector]).sqrt().item()
-
-
-def require_apart(caller: str, which: str, length: float) -> None:
-    if length == 0:
-        raise ValueError(f"{caller}: {which} must be different networks, their distance is 0")
