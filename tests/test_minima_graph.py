@@ -6,10 +6,10 @@ import sys
 
 import pytest
 import torch
+from neb_models import LOADER, Valley, assert_untouched, bits, energy
 
 import losssurf_fast as lsf
 from losssurf_fast.neb import NEBReport
-from tests.neb import LOADER, Valley, assert_untouched, bits, energy
 
 CYCLES = [{"steps": 60, "lr": 0.005, "count": 3, "subsample": 3}, {"insert": "highest", "count": 2}]
 

@@ -6,13 +6,14 @@ import math
 
 import pytest
 import torch
+from distributed import run_ranks
+from neb_models import LOADER, Valley, assert_untouched, bits, energy, minima
 from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import losssurf_fast as lsf
 from losssurf_fast.neb import Cycle, NEBReport, band
-from tests.neb import LOADER, Valley, assert_untouched, bits, energy, minima
 
 F64 = torch.float64
 SHORT = [{"steps": 3, "lr": 0.01, "count": 2, "subsample": 2}, {"insert": "highest", "count": 1}]
@@ -352,3 +353,37 @@ def test_reports_in_files(tmp_path):
         NEBReport.load(tmp_path / "later.pt")
     figure = report.plot(tmp_path / "report.png")
     assert len(figure.axes) == 2 and (tmp_path / "report.png").stat().st_size > 1000
+
+
+def regression(seed):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+
+
+def regression_data():
+    generator = torch.Generator().manual_seed(5)
+    return [tuple(torch.randn(8, n, generator=generator, dtype=F64) for n in (3, 1)) for _ in range(3)]
+
+
+def on_a_rank(rank, path):
+    loader = [(x[rank::2], y[rank::2]) for x, y in regression_data()]
+    curve, report = run(regression(0), regression(1), SHORT, loader, F.mse_loss, regression(2))
+    torch.save([curve.state_dict(), report.points["loss"]], f"{path}/{rank}.pt")
+
+
+def test_ranks_share_the_data(tmp_path):
+    run_ranks(on_a_rank, str(tmp_path))
+    curve, report = run(regression(0), regression(1), SHORT, regression_data(), F.mse_loss, regression(2))
+    for rank in range(2):
+        state, losses = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        torch.testing.assert_close(state, curve.state_dict())
+        assert losses == pytest.approx(report.points["loss"])
+
+
+def test_models_in_wrappers():
+    """torch.compile's names are the model's own."""
+    ends = [regression(0), regression(1)]
+    wanted, _ = run(*ends, SHORT, regression_data(), F.mse_loss, regression(2))
+    compiled = torch.compile(regression(2), backend="eager")
+    found, _ = run(torch.compile(ends[0]), ends[1], SHORT, regression_data(), F.mse_loss, compiled)
+    torch.testing.assert_close(found.state_dict(), wanted.state_dict())

@@ -87,7 +87,7 @@ def connect(data: Data, epochs: int, seed: int, quick: bool = False) -> dict[str
     ]
     curves[BAND], _ = auto_neb(
         ends[0], *ends, _Batches(data, seed), cycles=cycles[: 2 if quick else None], weight_decay=DECAY,
-        eval_loader=[(data.train_x[:SEEN], data.train_y[:SEEN])], progress=False,
+        eval_loader=[(data.train_x[:SEEN], data.train_y[:SEEN])],
     )  # fmt: skip
     return curves
 

@@ -9,12 +9,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
 from losssurf_fast.averaging import tensors
-from losssurf_fast.averaging.batch_norm import call_on_batch, to_device
+from losssurf_fast.averaging.batch_norm import call_on_batch, spread_over_ranks, to_device
 from losssurf_fast.averaging.swap import restored
 from losssurf_fast.curve import Curve
 from losssurf_fast.evaluation import Evaluation, Metric
@@ -50,9 +51,12 @@ def auto_neb(
     ``loader`` at each point (:func:`losssurf_fast.update_bn`), and the model is in evaluation mode.
 
     The path lies in the space of the trainable parameters, which alone enter distances, tangents and weight decay;
-    frozen ones must be equal at both ends. It is held in float32 (float64 where a parameter is that): N pivots cost
-    4 N times the memory of the model's parameters during training, three times of that for gradients, momenta and
-    segments. The ends are never changed.
+    frozen ones must be equal at both ends. It is held in float32 (float64 where a parameter is that): N pivots take 5 N
+    times the memory of the parameters, for gradients, momenta and two intermediate results besides. The ends are never
+    changed.
+
+    Where torch.distributed is initialised each rank reads its share of the data, in as many batches as the others;
+    gradients and losses are means over all ranks, and all get the same path.
 
     Args:
         model: gives the architecture and buffers; it and its mode are as before afterwards, also on an exception.
@@ -96,7 +100,8 @@ def auto_neb(
     if resume is not None:
         run.take_up(*resume, plan)
     remaining = plan[len(run.report.history) :]
-    with tqdm(total=sum(c.steps for c in remaining), desc=_NAME, unit="step", ncols=80, disable=not progress) as bar:
+    steps = sum(cycle.steps for cycle in remaining)
+    with tqdm(total=steps, desc=_NAME, unit="step", ncols=60, leave=False, disable=not progress) as bar:
         for cycle in remaining:
             with restored(model) as write, _modes_restored(model):
                 write(run.frozen)
@@ -185,6 +190,10 @@ class _Run:
             batch = next(self.batches)
             for i, row in enumerate(self.path):
                 losses[i] = self._loss(row, batch, inner.grad[i - 1] if 0 < i < len(self.path) - 1 else None)
+            if spread_over_ranks(None):
+                for t in (inner.grad, losses):
+                    dist.all_reduce(t)
+                    t /= dist.get_world_size()
             inner.grad.add_(inner, alpha=self.weight_decay)
             band.nudge_(inner.grad, self.path, losses, self.places, cycle.spring)
             optimizer.step()
@@ -233,7 +242,7 @@ class _Run:
         report.lengths = band.segments(self.path)[1].tolist()
         entry = {"cycle": asdict(cycle), "pivots": len(self.path), "saddle": report.saddle, "length": report.length}
         report.history.append(entry)
-        bar.set_postfix_str(f"cycle {number}, {len(self.path)} pivots, saddle {report.saddle:.3g}")
+        bar.set_postfix_str(f"saddle {report.saddle:.2g}")
 
     def curve(self) -> Curve:
         """The path so far; its ends have the minima's own bits, which float32 keeps."""

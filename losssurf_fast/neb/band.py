@@ -71,7 +71,7 @@ def nudge_(
 
 def redistribute(path: torch.Tensor, places: torch.Tensor) -> None:
     """Move the inner pivots along the band, in place, to the shares ``places`` of its length."""
-    _, lengths = segments(path)
+    lengths = segments(path)[1]
     ends = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
     wanted = places[1:-1] * ends[-1]
     segment = (torch.searchsorted(ends, wanted, right=True) - 1).clamp(0, len(lengths) - 1)
@@ -81,7 +81,7 @@ def redistribute(path: torch.Tensor, places: torch.Tensor) -> None:
 
 def between(rows: torch.Tensor, segment: torch.Tensor, along: torch.Tensor) -> torch.Tensor:
     """The points a share ``along`` [n] behind the start of the segments with those numbers [n], of shape [n, P]."""
-    return torch.lerp(rows[segment], rows[segment + 1], along.to(rows.dtype).view(-1, *[1] * (rows.dim() - 1)))
+    return rows[segment].lerp_(rows[segment + 1], along.to(rows.dtype).view(-1, *[1] * (rows.dim() - 1)))
 
 
 def insert(rows: torch.Tensor, segment: torch.Tensor, along: torch.Tensor) -> torch.Tensor:

@@ -200,12 +200,15 @@ class MinimaGraph:
         rules: Sequence[str] = RULES[:3],
         max_paths: int | None = None,
         save: str | os.PathLike | None = None,
-        **options,
+        weight_decay: float = 0.0,
+        eval_loader: Iterable | None = None,
+        device: torch.device | str | None = None,
+        progress: bool = True,
     ) -> int:
         """Run :func:`auto_neb` between suggested minima until nothing is left to suggest; returns the number of runs.
 
         Args:
-            loader, loss_fn, cycles, options: of :func:`auto_neb`.
+            loader, loss_fn, cycles, weight_decay, eval_loader, device, progress: of :func:`auto_neb`.
             rules: of :meth:`suggest`.
             max_paths: stop after so many runs.
             save: write the graph there after every cycle: a killed exploration goes on, from its last cycle, when the
@@ -232,9 +235,12 @@ class MinimaGraph:
                 loader,
                 loss_fn=loss_fn,
                 cycles=plan,
+                weight_decay=weight_decay,
+                eval_loader=eval_loader,
+                device=device,
                 resume=self.curve(a, b) if self.graph.has_edge(a, b) else None,
                 after_cycle=keep,
-                **options,
+                progress=progress,
             )
             runs += 1
         return runs
