@@ -380,10 +380,18 @@ def test_ranks_share_the_data(tmp_path):
         assert losses == pytest.approx(report.points["loss"])
 
 
-def test_models_in_wrappers():
-    """torch.compile's names are the model's own."""
+def test_a_compiled_model_runs_compiled():
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
     ends = [regression(0), regression(1)]
     wanted, _ = run(*ends, SHORT, regression_data(), F.mse_loss, regression(2))
-    compiled = torch.compile(regression(2), backend="eager")
+    compiled = torch.compile(regression(2), backend=backend)
+    before = bits(compiled)
     found, _ = run(torch.compile(ends[0]), ends[1], SHORT, regression_data(), F.mse_loss, compiled)
     torch.testing.assert_close(found.state_dict(), wanted.state_dict())
+    assert_untouched(compiled, before)
+    assert graphs

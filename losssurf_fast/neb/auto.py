@@ -51,9 +51,8 @@ def auto_neb(
     ``loader`` at each point (:func:`losssurf_fast.update_bn`), and the model is in evaluation mode.
 
     The path lies in the space of the trainable parameters, which alone enter distances, tangents and weight decay;
-    frozen ones must be equal at both ends. It is held in float32 (float64 where a parameter is that): N pivots take 5 N
-    times the memory of the parameters, for gradients, momenta and two intermediate results besides. The ends are never
-    changed.
+    frozen ones must be equal at both ends. It is held in float32 (float64 where a parameter is that): N pivots with
+    their gradients and momenta take 3 N times the memory of the parameters. The ends are never changed.
 
     Where torch.distributed is initialised each rank reads its share of the data, in as many batches as the others;
     gradients and losses are means over all ranks, and all get the same path.
@@ -96,7 +95,7 @@ def auto_neb(
     measure = Evaluation(
         _NAME, loader if eval_loader is None else eval_loader, loss_fn, metrics, bn_loader=loader, device=device
     )
-    run = _Run(tensors.unwrap(model), rows, ends, measure, loader, loss_fn, float(weight_decay), device)
+    run = _Run(_called(model), rows, ends, measure, loader, loss_fn, float(weight_decay), device)
     if resume is not None:
         run.take_up(*resume, plan)
     remaining = plan[len(run.report.history) :]
@@ -109,6 +108,12 @@ def auto_neb(
             if after_cycle is not None:
                 after_cycle(run.curve(), copy.deepcopy(run.report))
     return run.curve(), run.report
+
+
+def _called(model: nn.Module) -> nn.Module:
+    """What runs forward: a compiled model as it is; not DistributedDataParallel, which waits for its own backward."""
+    inner = tensors.unwrap(model)
+    return model if isinstance(model, torch._dynamo.OptimizedModule) and model._orig_mod is inner else inner
 
 
 def _check_ends(ends: list[dict[str, torch.Tensor]], rows: Rows) -> None:
@@ -239,7 +244,7 @@ class _Run:
             )
         report = self.report
         report.points, report.subsample, report.places = points, cycle.subsample, self.places.tolist()
-        report.lengths = band.segments(self.path)[1].tolist()
+        report.lengths = band.segment_lengths(self.path).tolist()
         entry = {"cycle": asdict(cycle), "pivots": len(self.path), "saddle": report.saddle, "length": report.length}
         report.history.append(entry)
         bar.set_postfix_str(f"saddle {report.saddle:.2g}")

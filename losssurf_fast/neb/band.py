@@ -20,19 +20,30 @@ Everything stays on the path's device: no value is read by the host.
 """
 
 import math
+from collections.abc import Iterator
 
 import torch
 
-
-def segments(path: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The differences [N-1, P] of neighbouring pivots and, in fp64, their lengths [N-1]."""
-    differences = path[1:] - path[:-1]
-    return differences, torch.linalg.vector_norm(differences, dim=1).double()
+_CHUNK = {"cpu": 1 << 15}  # columns at once: what the cache holds
+_CHUNK_ELSEWHERE = 1 << 22
 
 
-def row_dots(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """<a_i, b_i> in fp64, [n]; row by row, as a product of the whole would need its memory once more."""
-    return torch.stack([torch.dot(x, y) for x, y in zip(a, b, strict=True)]).double()
+def _columns(*matrices: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """The same few columns of each, so that what is made of them is small."""
+    return zip(*(m.split(_CHUNK.get(m.device.type, _CHUNK_ELSEWHERE), dim=1) for m in matrices), strict=True)
+
+
+def _row_sums(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """<a_i, b_i> in fp64, [n]."""
+    return (a * b).sum(1).double()
+
+
+def segment_lengths(path: torch.Tensor) -> torch.Tensor:
+    """Distances of neighbouring pivots, [N-1] in fp64."""
+    squares = torch.zeros(len(path) - 1, dtype=torch.float64, device=path.device)
+    for (part,) in _columns(path):
+        squares += part.diff(dim=0).square().sum(1)
+    return squares.sqrt()
 
 
 def tangent_weights(losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -54,29 +65,39 @@ def nudge_(
     The part along the tangent is removed. A finite ``spring`` k puts there ``k ((d_{i-1} - l_{i-1}) - (d_i - l_i))``
     with l the lengths that ``places`` ask for.
     """
-    differences, lengths = segments(path)
+    squares = torch.zeros(len(path) - 1, dtype=torch.float64, device=path.device)
+    turns, along_before, along_after = torch.zeros(3, len(grads), dtype=torch.float64, device=path.device)
+    for part, grad in _columns(path, grads):
+        d = part.diff(dim=0)
+        squares += _row_sums(d, d)
+        turns += _row_sums(d[:-1], d[1:])
+        along_before += _row_sums(grad, d[:-1])
+        along_after += _row_sums(grad, d[1:])
+    lengths = squares.sqrt()
     weight_before, weight_after = tangent_weights(losses)
-    before, after = differences[:-1], differences[1:]
     # tangent = (a D_{i-1} + b D_i) / norm
     a, b = weight_before / lengths[:-1].clamp_min(1e-30), weight_after / lengths[1:].clamp_min(1e-30)
-    square = weight_before.square() + weight_after.square() + 2 * a * b * row_dots(before, after)
+    square = weight_before.square() + weight_after.square() + 2 * a * b * turns
     norm = square.clamp_min(0).sqrt().clamp_min(1e-30)
-    along = -(a * row_dots(grads, before) + b * row_dots(grads, after)) / norm
+    along = -(a * along_before + b * along_after) / norm
     if spring < math.inf:
         stretched = lengths - places.diff() * lengths.sum()
         along = along + spring * (stretched[:-1] - stretched[1:])
-    grads.addcmul_(before, (along * a / norm).to(grads.dtype).unsqueeze(1))
-    grads.addcmul_(after, (along * b / norm).to(grads.dtype).unsqueeze(1))
+    shift_before, shift_after = ((along * c / norm).to(grads.dtype).unsqueeze(1) for c in (a, b))
+    for part, grad in _columns(path, grads):
+        d = part.diff(dim=0)
+        grad.addcmul_(d[:-1], shift_before).addcmul_(d[1:], shift_after)
 
 
 def redistribute(path: torch.Tensor, places: torch.Tensor) -> None:
     """Move the inner pivots along the band, in place, to the shares ``places`` of its length."""
-    lengths = segments(path)[1]
+    lengths = segment_lengths(path)
     ends = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
     wanted = places[1:-1] * ends[-1]
     segment = (torch.searchsorted(ends, wanted, right=True) - 1).clamp(0, len(lengths) - 1)
     along = ((wanted - ends[segment]) / lengths[segment].clamp_min(1e-300)).clamp(0, 1)
-    path[1:-1] = between(path, segment, along)
+    for (part,) in _columns(path):
+        part[1:-1] = between(part, segment, along)
 
 
 def between(rows: torch.Tensor, segment: torch.Tensor, along: torch.Tensor) -> torch.Tensor:
