@@ -58,6 +58,11 @@ def test_plane_does_not_follow_the_models_it_was_made_from():
         for model in models:
             model.matrix.add_(1)
     assert torch.equal(flat(plane.weights(0.3, 0.4)), before)
+    first, second = ({n: torch.randn_like(p) for n, p in models[0].named_parameters()} for _ in range(2))
+    plane = lsf.Plane.along(models[0], first, second)
+    before = flat(plane.weights(0.3, 0.4))
+    first["matrix"].zero_(), second["vector"].zero_()
+    assert torch.equal(flat(plane.weights(0.3, 0.4)), before)
 
 
 def test_surface_of_a_quadratic_is_its_formula():

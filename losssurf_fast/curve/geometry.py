@@ -193,7 +193,7 @@ def _gram(num_bends: int, flat: Sequence[torch.Tensor]) -> torch.Tensor:
     total = torch.zeros(len(bends), len(bends), dtype=torch.float64, device=bends[0][0].device)
     for placed in _by_placement(bends):
         here = torch.zeros_like(total)
-        for rows in _chunks([[real(local(t)).detach().reshape(-1) for t in bend] for bend in placed]):
+        for rows in chunks([[real(local(t)).detach().reshape(-1) for t in bend] for bend in placed]):
             rows = rows.double()
             rows[1:] -= rows[0]
             here += rows @ rows.T
@@ -223,7 +223,7 @@ def _by_placement(bends):
     return [list(zip(*group, strict=True)) for group in groups.values()]
 
 
-def _chunks(bends: list[list[torch.Tensor]]) -> Iterator[torch.Tensor]:
+def chunks(bends: list[list[torch.Tensor]]) -> Iterator[torch.Tensor]:
     """The flat tensors as matrices ``[K, n]``, small ones put together and large ones cut."""
     limit = _CHUNK.get(bends[0][0].device.type, _CHUNK_ELSEWHERE)
     waiting, size = [], 0

@@ -30,6 +30,7 @@ from losssurf_fast.surface.weights import (
     Weights,
     combine,
     common_weights,
+    copy_of,
     difference,
     gram,
     norm,
@@ -50,8 +51,7 @@ class Plane:
     """
 
     def __init__(self, caller: str, origin: Weights, u: Weights, v: Weights, *, blur: float, problem: str):
-        self._origin = {name: t.clone() for name, t in origin.items()}  # the model may be trained on
-        self._u, self._v = u, v
+        self._origin, self._u, self._v = copy_of(origin), u, v  # the model may be trained on
         products = gram([u, v])
         length, other = products.diagonal().sqrt().tolist()
         along = products[0, 1].item() / length if length else 0.0  # <v, x_hat>
@@ -135,6 +135,7 @@ class Plane:
         caller = "Plane.along"
         extent = check_number(caller, "extent", extent, positive=True)
         (w, u, v), _ = common_weights(caller, {"center": center, "first": first, "second": second}, model)
+        u, v = copy_of(u), copy_of(v)
         plane = cls(caller, w, u, v, blur=0.0, problem="first and second must span a plane, they are parallel or zero")
         plane.marks = {label: (0.0, 0.0)}
         plane._cover([(sign * extent * plane._length, sign * extent * plane._height) for sign in (-1, 1)])
@@ -252,7 +253,7 @@ class Plane:
         seen = {label: self.trajectory(t, model=model) for label, t in (trajectories or {}).items()}
         xs, ys = axis(*self.box[0], shape[0], (left, right)), axis(*self.box[1], shape[1], (bottom, top))
         grid = {"points": shape, "margin": (left, right, bottom, top)}
-        surface = Surface(xs, ys, self.marks, self.trajectories | seen)
+        surface = Surface(xs, ys, dict(self.marks), self.trajectories | seen)
         surface.identity = walk.identity([self._origin, self._u, self._v], grid)
         places = [(i, j) for i in range(shape[0]) for j in range(shape[1])]
         walk.run(surface, places, lambda place: here.weights(xs[place[0]].item(), ys[place[1]].item()))

@@ -16,13 +16,13 @@ from losssurf_fast.averaging import tensors
 from losssurf_fast.averaging.mesh import require_finite
 from losssurf_fast.averaging.model import AveragedModel
 from losssurf_fast.curve import Curve
+from losssurf_fast.curve.geometry import chunks
 from losssurf_fast.ops.curve import curve_weights
 
 Weights = dict[str, torch.Tensor]
 
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 _AVERAGED = (AveragedModel, TorchAveragedModel)
-_CHUNK = 2**20
 
 
 def weights_of(caller: str, argument: str, source, model: nn.Module | None = None) -> Weights:
@@ -160,17 +160,25 @@ def common_weights(
     return [{n: w[n].to(reference[n].device, dtypes[n]) for n in reference} for w in found.values()], coarsest
 
 
+def copy_of(weights: Weights) -> Weights:
+    return {name: t.clone() for name, t in weights.items()}
+
+
 def difference(a: Weights, b: Weights) -> Weights:
     return {n: t - b[n] for n, t in a.items()}
 
 
+def _by_device(weights: Weights) -> dict[torch.device, list[str]]:
+    groups: dict[torch.device, list[str]] = {}
+    for name, t in weights.items():
+        groups.setdefault(t.device, []).append(name)
+    return groups
+
+
 def combine(points: Sequence[Weights], coefficients: Sequence[float]) -> Weights:
     """``sum_j coefficients[j] * points[j]``, one pass on each device."""
-    groups: dict[torch.device, list[str]] = {}
-    for name, t in points[0].items():
-        groups.setdefault(t.device, []).append(name)
     found = {}
-    for device, names in groups.items():
+    for device, names in _by_device(points[0]).items():
         on_device = torch.tensor(coefficients, dtype=torch.float64, device=device)
         found |= zip(names, curve_weights([[p[n] for n in names] for p in points], on_device), strict=True)
     return {name: found[name] for name in points[0]}
@@ -178,16 +186,14 @@ def combine(points: Sequence[Weights], coefficients: Sequence[float]) -> Weights
 
 def gram(vectors: Sequence[Weights]) -> torch.Tensor:
     """Inner products [K, K] of K vectors in float64, on the CPU."""
-    totals: dict[torch.device, torch.Tensor] = {}
-    for name, first in vectors[0].items():
-        flat = [v[name].reshape(-1) for v in vectors]
-        total = totals.setdefault(
-            first.device, torch.zeros(len(flat), len(flat), dtype=torch.float64, device=first.device)
-        )
-        for start in range(0, first.numel(), _CHUNK):
-            rows = torch.stack([f[start : start + _CHUNK].double() for f in flat])
-            total.addmm_(rows, rows.t())
-    return torch.stack([t.cpu() for t in totals.values()]).sum(0)
+    total = torch.zeros(len(vectors), len(vectors), dtype=torch.float64)
+    for device, names in _by_device(vectors[0]).items():
+        here = torch.zeros_like(total, device=device)
+        for rows in chunks([[v[name].reshape(-1) for name in names] for v in vectors]):
+            rows = rows.double()
+            here += rows @ rows.T
+        total += here.cpu()
+    return total
 
 
 def norm(vector: Weights) -> float:
