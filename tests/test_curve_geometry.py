@@ -193,7 +193,8 @@ def test_curve_arc_weight_gives_the_exact_loss_and_gradient(kind):
     data, targets = torch.randn(6, 3, dtype=F64), torch.randn(6, 2, dtype=F64)
     exact = arc_loss(curve, data, targets, 800)
     ts = (torch.arange(400, dtype=F64) + 0.5) / 400
-    losses = [nn.functional.mse_loss(curve(data, t=t), targets) * curve.arc_weight(t) for t in ts]
+    losses = [nn.functional.mse_loss(curve(data, t=t), targets) * curve.arc_weight() for t in ts]
+    assert curve.arc_weight() == curve.arc_weight(ts[-1])
     estimate = torch.stack(losses).mean()  # the mean over uniform t
     torch.testing.assert_close(estimate, exact, rtol=1e-5, atol=0)
     wanted = gradient(curve, exact)
@@ -285,6 +286,7 @@ def test_curve_length_of_complex_weights():
         (lambda c: c.length(1), ValueError, "Curve.length: num_points must be at least 2, got 1"),
         (lambda c: c.length(2.0), TypeError, "Curve.length: num_points must be an int, got float"),
         (lambda c: c.arc_weight(1.5), ValueError, r"Curve.arc_weight: t must lie in \[0, 1\]"),
+        (lambda c: c.arc_weight(), RuntimeError, "Curve.arc_weight: without t it is that of the last forward"),
         (lambda c: c.arc_weight("a"), TypeError, "Curve.arc_weight: t must be a number"),
         (lambda c: curve_of(t_sampling="arc"), ValueError, "Curve: t_sampling must be one of .*got 'arc'"),
     ],

@@ -278,8 +278,13 @@ def test_curve_report_refuses_damaged_files(tmp_path):
         with pytest.raises(ValueError, match="no file of a CurveReport"):
             lsf.CurveReport.load(path)
     np.savez(path, ts=np.ones(3), dl=np.ones(3), tr_loss=np.ones(2))
-    with pytest.raises(ValueError, match="its tr_loss is"):
+    with pytest.raises(ValueError, match="its tr_loss is not"):
         lsf.CurveReport.load(path)
+    whole = {"ts": np.ones(3), "dl": np.ones(3)}
+    for name, value in (("loaders", 3.0), ("metrics", [1.0]), ("weight_decay", "a"), ("norms", [1.0])):
+        np.savez(path, **whole, **{name: np.array(value)})
+        with pytest.raises(ValueError, match=f"no file of a CurveReport: its {name} is"):
+            lsf.CurveReport.load(path)
     with pytest.raises(FileNotFoundError):
         lsf.CurveReport.load(tmp_path / "none.npz")
 

@@ -176,13 +176,16 @@ class Curve(nn.Module):
         Raises:
             RuntimeError: t is None and there was no forward yet.
         """
-        if t is None and self._last_t is None:
-            raise RuntimeError(f"{_NAME}.l2: without t it is that of the last forward, and there was none")
-        weights = self._last_weights if t is None else None
+        weights, t = self._last_weights if t is None else None, self._known_t("l2", t)
         if weights is None:
-            weights = self.weights(self._last_t if t is None else t)
+            weights = self.weights(t)
         squares = [torch.linalg.vector_norm(w, dtype=_wide(w.dtype)).square() for w in weights.values()]
         return torch.stack([s.to(squares[0]) for s in squares]).sum()
+
+    def _known_t(self, caller: str, t: float | torch.Tensor | None) -> float | torch.Tensor:
+        if t is None and self._last_t is None:
+            raise RuntimeError(f"{_NAME}.{caller}: without t it is that of the last forward, and there was none")
+        return self._last_t if t is None else t
 
     @property
     def last_t(self) -> torch.Tensor | None:
@@ -206,13 +209,17 @@ class Curve(nn.Module):
         geometry = self.geometry()
         return geometry.length() if points is None else geometry.chords(points.to(geometry.gram.device)).sum()
 
-    def arc_weight(self, t: float | torch.Tensor) -> torch.Tensor:
+    def arc_weight(self, t: float | torch.Tensor | None = None) -> torch.Tensor:
         """|w'(t)| / length in t's shape, float64: the density of t under which the curve's points are uniform.
 
-        ``loss_fn(curve(x, t=t), y) * curve.arc_weight(t)`` with uniform t has the loss by arc length as its mean, and
-        its gradient that of this loss: the weight is differentiable in the bends (not if these are sharded) and in t.
+        ``loss_fn(curve(x), y) * curve.arc_weight()`` with uniform t has the loss by arc length as its mean, and its
+        gradient that of this loss: the weight is differentiable in the bends (not if these are sharded) and in t. None
+        is the last forward's t.
+
+        Raises:
+            RuntimeError: t is None and there was no forward yet.
         """
-        t, geometry = check_t(f"{_NAME}.arc_weight", t), self.geometry()
+        t, geometry = check_t(f"{_NAME}.arc_weight", self._known_t("arc_weight", t)), self.geometry()
         return geometry.arc_weight(t.to(geometry.gram.device))
 
     # ---- the network at a point -------------------------------------------------------------------------------------

@@ -11,6 +11,11 @@ from losssurf_fast.files import load_arrays, save_arrays
 
 _PREFIXES = {"train": "tr", "test": "te"}
 _STATISTICS = {"min": "min", "max": "max", "avg": "mean", "int": "integral"}
+_PEERS = {
+    "loaders": np.array(["train", "test"]),
+    "metrics": np.array(["loss", "nll", "error"]),
+    "weight_decay": np.array(np.nan),
+}
 _OWN = ("ts", "dl", "norms", "weight_decay", "loaders", "metrics")
 
 
@@ -126,20 +131,25 @@ class CurveReport:
             ValueError: it is damaged, or holds something else.
         """
         arrays = load_arrays("CurveReport.load", path)
-        loaders, metrics = arrays.get("loaders", ("train", "test")), arrays.get("metrics", ("loss", "nll", "error"))
-        fields = {str(loader): {str(m): _field(str(loader), str(m)) for m in metrics} for loader in loaders}
-        used = [field for names in fields.values() for field in names.values() if field in arrays]
-        for field in ("ts", "dl", *used):
-            shape = arrays[field].shape if field in arrays else None
-            if shape is None or len(shape) != 1 or shape != arrays["ts"].shape or arrays[field].dtype.kind != "f":
-                raise ValueError(f"CurveReport.load: {path} is no file of a CurveReport, its {field} is {shape}")
+        points = np.shape(arrays.get("ts"))
+        arrays = {**_PEERS, "norms": np.full(points, np.nan), **arrays}  # what the peer's file does not say
+        names = {"loaders": ("U", 1), "metrics": ("U", 1), "weight_decay": ("f", 0)}
+        for field, (kind, dim) in names.items():
+            if arrays[field].dtype.kind != kind or arrays[field].ndim != dim:
+                raise ValueError(f"CurveReport.load: {path} is no file of a CurveReport: its {field} is none")
+        loaders, metrics = arrays["loaders"].tolist(), arrays["metrics"].tolist()
+        fields = {loader: {metric: _field(loader, metric) for metric in metrics} for loader in loaders}
+        used = [field for found in fields.values() for field in found.values() if field in arrays]
+        for field in ("ts", "dl", "norms", *used):
+            found = arrays.get(field)
+            if found is None or found.ndim != 1 or found.shape != points or found.dtype.kind != "f":
+                raise ValueError(f"CurveReport.load: {path} is no file of a CurveReport: its {field} is not [T] floats")
         values = {
-            loader: {m: arrays[f] / 100 if m == "error" else arrays[f] for m, f in names.items() if f in arrays}
-            for loader, names in fields.items()
+            loader: {m: arrays[f] / 100 if m == "error" else arrays[f] for m, f in found.items() if f in arrays}
+            for loader, found in fields.items()
         }
-        norms = arrays.get("norms", np.full_like(arrays["ts"], np.nan))
         values = {loader: found for loader, found in values.items() if found}
-        return cls(arrays["ts"], arrays["dl"], norms, values, float(arrays.get("weight_decay", np.nan)))
+        return cls(arrays["ts"], arrays["dl"], arrays["norms"], values, float(arrays["weight_decay"]))
 
     def plot(self, path: str | os.PathLike | None = None, *, along: str = "t", metrics: Sequence[str] | None = None):
         """A picture of the profiles, with their lowest and highest points; a matplotlib figure.
