@@ -1,4 +1,4 @@
-"""Fast experiments on the weights of neural networks: stochastic layers, paths between networks, averages of weights."""
+"""Fast experiments on the weights of networks: stochastic layers, paths between networks, averages of weights."""
 
 import torch
 

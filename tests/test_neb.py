@@ -395,3 +395,13 @@ def test_a_compiled_model_runs_compiled():
     torch.testing.assert_close(found.state_dict(), wanted.state_dict())
     assert_untouched(compiled, before)
     assert graphs
+
+
+def test_the_path_is_saved_as_any_curve(tmp_path):
+    found, _ = run(*minima())
+    torch.save(found.state_dict(), tmp_path / "path.pt")
+    loaded = lsf.Curve(minima(), kind="polychain", num_bends=found.num_bends)
+    loaded.load_state_dict(torch.load(tmp_path / "path.pt", weights_only=True))
+    assert torch.equal(loaded(LOADER[0][0], t=0.3), found(LOADER[0][0], t=0.3))
+    assert not any(p.requires_grad for bend in (found.bends[0], found.bends[-1]) for p in bend.parameters())
+    assert all(p.requires_grad for p in found.bends[1].parameters())  # it may be trained on as a curve
