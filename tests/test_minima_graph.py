@@ -96,6 +96,24 @@ def test_a_path_leads_both_ways():
         assert curve.kind == "polychain"
 
 
+def test_a_path_and_its_report_turn_together():
+    """A run from the higher number to the lower one goes on in the graph's order."""
+    graph = valley_graph()
+    cycles = [{**CYCLES[0], "steps": 3, "spacing": "inserted"}, {"insert": "highest", "count": 1}]
+    options = {"loss_fn": energy, "cycles": cycles, "progress": False}
+    weights = [graph.graph.nodes[n]["weights"] for n in (1, 2)]
+    graph.add_path(2, 1, *lsf.auto_neb(graph.model, *weights[::-1], LOADER, **options))
+    for a, b in ((1, 2), (2, 1)):
+        curve, report = graph.curve(a, b)
+        found = lsf.evaluate_curve(curve, LOADER, loss_fn=energy, num_points=len(report.points["t"]))
+        assert report.points["loss"] == pytest.approx(found["data"]["loss"].values)
+        assert report.points["t"] == pytest.approx(found.ts)
+        gaps = [found.dl[1 + 4 * i : 5 + 4 * i].sum() for i in range(len(report.lengths))]
+        assert report.lengths == pytest.approx(gaps)
+        ends = [0, *itertools.accumulate(gaps)]  # of the band as it is, while its pivots were put on the one before
+        assert [place * report.length for place in report.places] == pytest.approx(ends, abs=0.01)
+
+
 def valley_graph():
     graph = lsf.MinimaGraph(Valley(0.3, 0.4))
     for place in ((-1, 0), (1, 0), (-1.01, 0)):

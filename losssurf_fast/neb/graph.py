@@ -40,7 +40,7 @@ def _on_cpu(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 @dataclass
 class _Path:
-    """The inner pivots between two minima, by the model's names, in the order of the edge's smaller number first."""
+    """The inner pivots between two minima, by the model's names, and their report, from the edge's smaller number."""
 
     pivots: list[dict[str, torch.Tensor]]
     report: NEBReport
@@ -90,8 +90,8 @@ class MinimaGraph:
         further = old is not None and len(report.history) > len(old["path"].report.history)
         if old is not None and not further and old["saddle"] <= report.saddle:
             return False
-        inner = bends[1:-1] if a < b else bends[-2:0:-1]
-        self.graph.add_edge(a, b, saddle=report.saddle, path=_Path(inner, report))
+        path = _Path(bends[1:-1], report) if a < b else _Path(bends[-2:0:-1], report.reversed())
+        self.graph.add_edge(a, b, saddle=report.saddle, path=path)
         return True
 
     # ---- questions ------------------------------------------------------------------------------------------------
@@ -129,9 +129,9 @@ class MinimaGraph:
             raise ValueError(f"MinimaGraph.curve: no direct path from minimum {a} to {b} is known")
         path = self.graph.edges[a, b]["path"]
         nodes = self.graph.nodes
-        inner = path.pivots if a < b else path.pivots[::-1]
-        bends = [nodes[a]["weights"], *inner, nodes[b]["weights"]]
-        return Curve(bends, kind="polychain", num_bends=len(bends), model=self.model), path.report
+        pivots, report = (path.pivots, path.report) if a < b else (path.pivots[::-1], path.report.reversed())
+        bends = [nodes[a]["weights"], *pivots, nodes[b]["weights"]]
+        return Curve(bends, kind="polychain", num_bends=len(bends), model=self.model), report
 
     def suggest(self, rules: Sequence[str] = RULES[:3], cycles: int | None = None) -> tuple[int, int] | None:
         """The pair of minima to look between next, by the first of ``rules`` that has one; None if none has.
@@ -245,7 +245,9 @@ class MinimaGraph:
             runs += 1
         return runs
 
-    def measure(self, source: nn.Module | Mapping[str, torch.Tensor], loader: Iterable, loss_fn: Metric) -> float:
+    def measure(
+        self, source: nn.Module | Mapping[str, torch.Tensor], loader: Iterable, loss_fn: Metric = F.cross_entropy
+    ) -> float:
         """The loss of a minimum as :func:`auto_neb` measures it, for :meth:`add_minimum`."""
         weights = weights_of("MinimaGraph.measure", "source", source, self.model)
         with restored(self.model) as write:

@@ -1,7 +1,7 @@
 """What an AutoNEB run found: the loss along the path, and how it came down."""
 
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 from losssurf_fast.files import load_state, save_state
 
@@ -41,6 +41,13 @@ class NEBReport:
     @property
     def pivot_losses(self) -> list[float]:
         return self.points["loss"][:: self.subsample + 1]
+
+    def reversed(self) -> "NEBReport":
+        """Of the same path from its end to its start."""
+        points = {name: values[::-1] for name, values in self.points.items()}
+        points["t"] = [1 - t for t in points["t"]]
+        places = [1 - place for place in self.places[::-1]]
+        return replace(self, points=points, lengths=self.lengths[::-1], places=places)
 
     def save(self, path: str | os.PathLike) -> None:
         """Write it to a file, atomically."""
