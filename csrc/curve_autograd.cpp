@@ -1,7 +1,7 @@
-// Autograd of curve_weights, for every device. In C++, and by a node of its own, because a model's hundreds of tensors
-// cost more in Python's register_autograd, or in an autograd.Function over all bends, than the arithmetic does.
-// ops/curve.py has the contract; curve_weights_backward has an autograd formula of its own there, so the gradient can be
-// differentiated again.
+// Autograd of curve_weights, for every device. In C++, and by a node of its own, because for a model's hundreds of
+// tensors Python's register_autograd, or an autograd.Function over all bends, takes longer than the arithmetic does: a
+// frozen bend has no edge here, and bends are saved for the coefficients' gradient alone. ops/curve.py has the contract;
+// curve_weights_backward has an autograd formula of its own there, so the gradient can be differentiated again.
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
