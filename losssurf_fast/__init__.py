@@ -1,4 +1,4 @@
-"""Fast experiments on the weights of neural networks: stochastic layers by the local reparameterization trick."""
+"""Fast experiments on the weights of networks: stochastic layers, paths between networks, averages of weights."""
 
 import torch
 
@@ -27,6 +27,7 @@ from losssurf_fast.averaging import (
 )
 from losssurf_fast.conversion import ConversionReport, conversion_report, to_lrt
 from losssurf_fast.curve import Curve, CurveReport, evaluate_curve
+from losssurf_fast.neb import MinimaGraph, auto_neb
 from losssurf_fast.objective import ELBOLoss, kl_divergence
 from losssurf_fast.prediction import predict, prediction
 from losssurf_fast.surface import Line, Plane, Rays, Surface, line, rays
@@ -42,11 +43,13 @@ __all__ = [
     "ELBOLoss",
     "FGETriangleLR",
     "Line",
+    "MinimaGraph",
     "Plane",
     "Rays",
     "SWAConstantLR",
     "SWACyclicLR",
     "Surface",
+    "auto_neb",
     "averaged_weights",
     "conversion_report",
     "evaluate_curve",

@@ -13,7 +13,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m losssurf_fast", description=losssurf_fast.__doc__)
     parser.add_argument("--version", action="version", version=f"losssurf_fast {losssurf_fast.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="demo | bench | doctor")
-    demo = commands.add_parser("demo", help="handwritten digits: a variance network, and averages of weights")
+    demo = commands.add_parser("demo", help="handwritten digits: a variance network, averages, and paths")
     commands.add_parser("bench", help="time every operator against eager PyTorch", add_help=False)
     commands.add_parser("doctor", help="versions, and which kernel serves which operator")
 

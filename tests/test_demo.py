@@ -7,9 +7,9 @@ from torch.nn import functional as F
 
 import losssurf_fast as lsf
 from losssurf_fast import demo
-from losssurf_fast.demo import averages, noise, report
+from losssurf_fast.demo import averages, noise, paths, report
 from losssurf_fast.demo import data as demo_data
-from losssurf_fast.demo.models import NETWORKS, EagerLRT, network, resnet50_tensors
+from losssurf_fast.demo.models import NETWORKS, EagerBezier, EagerLRT, network, perceptron, resnet50_tensors
 from losssurf_fast.demo.timing import compare
 from losssurf_fast.demo.train import evidence_lower_bound, train
 
@@ -91,6 +91,9 @@ def test_demo_prints_the_table_and_saves_pictures(tmp_path, capsys, monkeypatch)
     monkeypatch.setattr(averages, "WIDTH", 16)
     monkeypatch.setattr(averages, "resnet50_tensors", lambda: torch.nn.Linear(50, 10))
     monkeypatch.setattr("losssurf_fast.demo.timing.HIDDEN", 16)
+    monkeypatch.setattr(paths, "WIDTH", 8)
+    monkeypatch.setattr(paths, "TIMED_WIDTH", 16)
+    monkeypatch.setattr(paths, "resnet50_tensors", lambda: torch.nn.Linear(50, 10))
     parser = argparse.ArgumentParser()
     demo.add_arguments(parser)
     assert demo.run(parser.parse_args(["--quick", "--out", str(tmp_path / "out")])) == 0
@@ -102,7 +105,9 @@ def test_demo_prints_the_table_and_saves_pictures(tmp_path, capsys, monkeypatch)
     assert "ours" in out
     for weights in averages.WEIGHTS:
         assert any(line.startswith(weights) for line in out.splitlines())
-    pictures = [*noise.PICTURES, *averages.PICTURES]
+    for path in (paths.LINE, paths.BEZIER, paths.CHAIN, paths.BAND):
+        assert any(line.startswith(path) for line in out.splitlines())
+    pictures = [*noise.PICTURES, *averages.PICTURES, *paths.PICTURES]
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted(pictures)
 
 
@@ -145,6 +150,55 @@ def test_updates_are_timed_on_equal_averages(monkeypatch):
     monkeypatch.setattr(averages, "AveragedModel", ema)
     with pytest.raises(RuntimeError, match="averages of the same weights differ"):
         averages.time_updates(torch.nn.Linear(9, 5), blocks=2, seconds=0.0)
+
+
+def test_paths_between_networks(digits):
+    """The straight line has a barrier; the trained paths between the same two networks have none to speak of."""
+    curves = paths.connect(digits, epochs=12, seed=0)
+    loaders = {"train": [(digits.train_x, digits.train_y)], "test": [(digits.test_x, digits.test_y)]}
+    reports = {name: lsf.evaluate_curve(curve, loaders, num_points=21) for name, curve in curves.items()}
+    line = reports[paths.LINE]["train"]["loss"]
+    assert line.barrier > 0.3
+    for name in (paths.BEZIER, paths.CHAIN, paths.BAND):
+        assert reports[name]["train"]["loss"].barrier < line.barrier / 5
+        assert reports[name]["test"]["error"].max < 0.06
+        assert reports[name].length > reports[paths.LINE].length
+        for ours, theirs in ((curves[name].bends[i], curves[paths.LINE].bends[i]) for i in (0, -1)):
+            assert all(torch.equal(p, q) for p, q in zip(ours.parameters(), theirs.parameters(), strict=True))
+    table = paths.table(reports).splitlines()
+    assert {len(row) for row in table[1:]} == {58}
+    assert f"{line.max:.4f}" in table[3] and table[3].endswith("1.00")
+
+
+def test_eager_curve_is_the_same_curve():
+    ends = [perceptron(6, 5, 3, seed) for seed in (0, 1)]
+    eager, ours, x = EagerBezier(*ends), lsf.Curve(ends), torch.randn(4, 6)
+    for t in (0.0, 0.3, 1.0):
+        outputs = [curve(x, t=torch.tensor(t)) for curve in (eager, ours)]
+        torch.testing.assert_close(*outputs)
+        for curve, output in zip((eager, ours), outputs, strict=True):
+            curve.zero_grad()
+            output.square().sum().backward()
+        torch.testing.assert_close(eager.layers[1].weights[1].grad, ours.bends[1].hidden.weight.grad)
+        assert eager.layers[1].weights[0].grad is None
+
+
+def test_steps_on_a_curve_are_timed_beside_plain_ones(digits, monkeypatch):
+    monkeypatch.setattr(paths, "TIMED_WIDTH", 16)
+    timings = [
+        paths.time_weights([torch.zeros(9, 5), torch.zeros(5)], blocks=2, seconds=0.0),
+        paths.time_steps(digits, blocks=2, seconds=0.0),
+    ]
+    for timing in timings:
+        assert timing.blocks == 2
+        assert timing.eager_ms > 0 < timing.ours_ms
+    assert timings[0].plain_ms is None and timings[1].plain_ms > 0
+    monkeypatch.setattr(paths, "Curve", lambda ends: lsf.Curve(ends[::-1]))
+    monkeypatch.setattr(paths, "curve_coefficients", lambda t, num_bends: torch.ones(3))
+    with pytest.raises(RuntimeError, match="weights on a curve differ"):
+        paths.time_weights([torch.zeros(9, 5)], blocks=2, seconds=0.0)
+    with pytest.raises(RuntimeError, match="our curve differ"):
+        paths.time_steps(digits, blocks=2, seconds=0.0)
 
 
 def test_resnet50():

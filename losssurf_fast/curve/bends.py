@@ -83,9 +83,12 @@ class Places:
         """Let the model read ``weights``; None leaves it without."""
         for name, weight in (self._nothing if weights is None else weights).items():
             for module, leaf in self._places[name]:
-                shown = module._parameters.pop(leaf, None) is not None
-                setattr(module, leaf, weight)  # an LSTM keeps a list of them, too
-                if shown:
+                shown = module._parameters.pop(leaf, None)
+                if type(module).__setattr__ is nn.Module.__setattr__:
+                    module.__dict__[leaf] = weight  # as that would, but for its search for what to replace
+                else:
+                    setattr(module, leaf, weight)  # an LSTM keeps a list of them, too
+                if shown is not None:
                     module._parameters[leaf] = weight
         self.installed = weights
 

@@ -1,7 +1,8 @@
-"""``python -m losssurf_fast demo``: handwritten digits, learned by a variance network and by an average of weights.
+"""``python -m losssurf_fast demo``: handwritten digits, learned by a variance network, by averages, and along paths.
 
-Two parts, each with its table, pictures and timings: :mod:`losssurf_fast.demo.noise`, a perceptron whose hidden layer
-draws its weights, and :mod:`losssurf_fast.demo.averages`, SGD and SWA from the same weights.
+Three parts, each with its table, pictures and timings: :mod:`losssurf_fast.demo.noise`, a perceptron whose hidden layer
+draws its weights; :mod:`losssurf_fast.demo.averages`, SGD and SWA from the same weights; and
+:mod:`losssurf_fast.demo.paths`, what lies between two networks.
 """
 
 import argparse
@@ -12,8 +13,10 @@ from pathlib import Path
 
 import torch
 
-from losssurf_fast.demo import averages, noise, report
+from losssurf_fast.demo import averages, noise, paths, report
 from losssurf_fast.demo.data import load
+
+PARTS = (noise, averages, paths)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
     if importlib.util.find_spec("matplotlib") is None:
         raise SystemExit("demo: needs matplotlib for its pictures; pip install matplotlib")
     out = Path(arguments.out)
-    report.prepare_folder(out, (*noise.PICTURES, *averages.PICTURES))
+    report.prepare_folder(out, [name for part in PARTS for name in part.PICTURES])
     data = load(arguments.data, arguments.root)
     epochs = arguments.epochs or {"digits": 100, "mnist": 5}[data.name]
     if arguments.quick:
@@ -61,7 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     print(f"{data.name}: {len(data.train_x)} training and {len(data.test_x)} test images.")
     with _one_thread():
-        for part in (noise, averages):
+        for part in PARTS:
             for path in report.save_pictures(out, part.show(data, epochs, arguments.seed, arguments.quick)):
                 print(f"saved {path}")
             print()

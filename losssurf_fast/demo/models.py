@@ -1,4 +1,4 @@
-"""The demo's networks: a perceptron, one with a noisy layer, what they are compared to, and weights to average."""
+"""The demo's networks: a perceptron, one with a noisy layer, what they and curves are compared to, and tensors."""
 
 from collections import OrderedDict
 
@@ -62,6 +62,42 @@ def network(kind: str, inputs: int, hidden: int, classes: int, seed: int) -> nn.
     if kind == "dropout":
         return perceptron(inputs, hidden, classes, seed, dropout=True)
     return to_lrt(perceptron(inputs, hidden, classes, seed), kind, include="hidden")
+
+
+def bezier_coefficients(t: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Of a curve's start, bend and end."""
+    return (1 - t) ** 2, 2 * t * (1 - t), t**2
+
+
+class EagerBezier(nn.Module):
+    """A Bezier curve between two perceptrons as one writes it in plain PyTorch: each layer combines its weights."""
+
+    def __init__(self, start: nn.Sequential, end: nn.Sequential) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList()
+        for a, b in zip(start, end, strict=True):
+            if isinstance(a, nn.Linear):
+                self.layers.append(_EagerBezierLinear(a, b))
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor | None = None) -> torch.Tensor:
+        coefficients = bezier_coefficients(torch.rand(()) if t is None else t)
+        for layer in self.layers[:-1]:
+            x = layer(x, coefficients).relu()
+        return self.layers[-1](x, coefficients)
+
+
+class _EagerBezierLinear(nn.Module):
+    def __init__(self, start: nn.Linear, end: nn.Linear) -> None:
+        super().__init__()
+        pairs = (start.weight, end.weight), (start.bias, end.bias)
+        self.weights, self.biases = (
+            nn.ParameterList(nn.Parameter(torch.lerp(a, b, at).detach(), at == 0.5) for at in (0.0, 0.5, 1.0))
+            for a, b in pairs
+        )
+
+    def forward(self, x: torch.Tensor, coefficients: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        combine = lambda bends: sum(c * bend for c, bend in zip(coefficients, bends, strict=True))
+        return F.linear(x, combine(self.weights), combine(self.biases))
 
 
 def resnet50_tensors() -> nn.Sequential:

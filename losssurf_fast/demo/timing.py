@@ -20,11 +20,12 @@ HIDDEN, BATCH = 1024, 128
 
 @dataclasses.dataclass
 class Timing:
-    """CPU milliseconds per step, medians over blocks."""
+    """CPU milliseconds per step, medians over blocks; ``plain_ms`` where a step without either was timed, too."""
 
     eager_ms: float
     ours_ms: float
     blocks: int
+    plain_ms: float | None = None
 
     @property
     def ratio(self) -> float:
@@ -52,16 +53,16 @@ def compare(data: Data, parameterization: str, blocks: int, steps: int, seconds:
 
 
 def alternate(calls: dict, blocks: int, seconds: float, description: str) -> Timing:
-    """Medians of ``eager`` and ``ours``, functions that run a block and return its milliseconds, called in turn."""
-    milliseconds: dict[str, list[float]] = {"eager": [], "ours": []}
+    """Medians of ``eager``, ``ours`` and perhaps ``plain``: functions that run a block and return its milliseconds."""
+    milliseconds: dict[str, list[float]] = {name: [] for name in calls}
     began = time.perf_counter()
-    for i in tqdm(range(blocks), desc=description, unit="pair", ncols=60, leave=False):
+    for i in tqdm(range(blocks), desc=description, unit="round", ncols=60, leave=False):
         if i >= 2 and time.perf_counter() - began > seconds:
             break
-        for name in ("eager", "ours") if i % 2 == 0 else ("ours", "eager"):
+        for name in calls if i % 2 == 0 else reversed(calls):
             milliseconds[name].append(calls[name]())
-    eager_ms, ours_ms = (statistics.median(milliseconds[name]) for name in ("eager", "ours"))
-    return Timing(eager_ms, ours_ms, len(milliseconds["ours"]))
+    found = {f"{name}_ms": statistics.median(times) for name, times in milliseconds.items()}
+    return Timing(blocks=len(milliseconds["ours"]), **found)
 
 
 class _Run:

@@ -1,0 +1,407 @@
+"""AutoNEB: paths on energies whose saddle is known and between small networks, and what it leaves alone."""
+
+import copy
+import itertools
+import math
+
+import pytest
+import torch
+from distributed import run_ranks
+from neb_models import LOADER, Valley, assert_untouched, bits, energy, minima
+from torch import nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import losssurf_fast as lsf
+from losssurf_fast.neb import Cycle, NEBReport, band
+
+F64 = torch.float64
+SHORT = [{"steps": 3, "lr": 0.01, "count": 2, "subsample": 2}, {"insert": "highest", "count": 1}]
+
+
+def run(start, end, cycles=SHORT, loader=LOADER, loss_fn=energy, model=None, **options):
+    model = Valley(0.3, 0.4) if model is None else model
+    return lsf.auto_neb(model, start, end, loader, loss_fn=loss_fn, cycles=cycles, progress=False, **options)
+
+
+@pytest.mark.parametrize("spring", [math.inf, 1.0])
+def test_the_band_sinks_to_the_saddle(spring):
+    cycles = [{"steps": 200, "lr": 0.005, "spring": spring}, {"insert": "highest", "count": 2}, {}]
+    curve, report = run(*minima(), cycles=cycles)
+    assert Valley.saddle - 1e-6 <= report.saddle < 1.01  # the straight line rises to 12.25
+    assert abs(report.saddle_t - 0.5) < 0.1
+    assert curve.kind == "polychain" and curve.num_bends == report.history[-1]["pivots"] > 5
+    lengths = torch.tensor(report.lengths)
+    assert (lengths / lengths.mean() - 1).abs().max() < 0.1
+    assert report.history[0]["saddle"] >= report.saddle
+
+
+def test_the_report_is_the_curves():
+    curve, report = run(*minima(), cycles=[*SHORT, {"spacing": "inserted"}])
+    step = report.subsample + 1
+    assert len(report.points["loss"]) == (curve.num_bends - 1) * step + 1
+    for t, loss in zip(report.points["t"], report.points["loss"], strict=True):
+        with curve.at(t) as model:
+            assert abs(model(LOADER[0][0]).item() - loss) < 1e-12
+    assert report.saddle == max(report.points["loss"])
+    assert report.pivot_losses == report.points["loss"][::step]
+    rows = [torch.stack([bend.x, bend.y]).detach() for bend in curve.bends]
+    lengths = [(b - a).norm().item() for a, b in itertools.pairwise(rows)]
+    assert report.lengths == pytest.approx(lengths) and report.length == pytest.approx(sum(lengths))
+    assert [h["pivots"] for h in report.history] == [4, 5, 6]
+    assert report.history[1]["cycle"]["insert"] == "highest"
+    assert report.places[0] == 0 and report.places[-1] == 1 and sorted(report.places) == report.places
+
+
+def plain_band(path, cycle, weight_decay, places):
+    """The whole algorithm for one cycle on the valley, pivot by pivot, with autograd and SGD written out."""
+    momenta = [torch.zeros(2, dtype=F64) for _ in path]
+    for _ in range(cycle.steps):
+        losses, grads = [], []
+        for pivot in path:
+            w = pivot.clone().requires_grad_()
+            valley = (w[0] ** 2 - 1) ** 2 + 5 * (w[1] - 1.5 * (1 - w[0] ** 2)) ** 2
+            losses.append(valley.detach())
+            grads.append(torch.autograd.grad(valley, w)[0])
+        inner = torch.stack(grads[1:-1]) + weight_decay * torch.stack(path[1:-1])
+        band.nudge_(inner, torch.stack(path), torch.stack(losses), places, cycle.spring)  # tested by itself
+        for i, g in enumerate(inner, 1):
+            momenta[i] = cycle.momentum * momenta[i] + g
+            path[i] = path[i] - cycle.lr * momenta[i]
+        if cycle.spring == math.inf:
+            stacked = torch.stack(path)
+            band.redistribute(stacked, places)
+            path = list(stacked)
+    return path
+
+
+@pytest.mark.parametrize("spring", [math.inf, 2.0])
+def test_a_cycle_equals_the_algorithm_written_out(spring):
+    cycle = Cycle(steps=6, lr=0.01, momentum=0.8, count=3, spring=spring)
+    curve, _ = run(*minima(), cycles=[cycle], weight_decay=0.1)
+    places = torch.linspace(0, 1, 5, dtype=F64)
+    path = [torch.stack([2 * place - 1, torch.zeros((), dtype=F64)]) for place in places]
+    expected = plain_band(path, cycle, 0.1, places)
+    found = [torch.stack([bend.x, bend.y]).detach() for bend in curve.bends]
+    torch.testing.assert_close(torch.stack(found), torch.stack(expected))
+
+
+def test_inserted_pivots_stay_where_they_came_in():
+    """With equal spacing they are spread over the band, which has a quarter of it in each segment."""
+    cycles = [{"steps": 2, "lr": 1e-3, "count": 2, "subsample": 3}, {"insert": "highest", "count": 1}]
+    lengths = {}
+    for spacing in ("equal", "inserted"):
+        _, report = run(*minima(), cycles=[cycles[0], {**cycles[1], "spacing": spacing}])
+        lengths[spacing] = [length / report.length for length in report.lengths]
+    assert lengths["equal"] == pytest.approx([0.25] * 4, abs=0.01)
+    assert lengths["inserted"] == pytest.approx([1 / 3, 1 / 6, 1 / 6, 1 / 3], abs=0.01)
+
+
+class Digits(nn.Sequential):
+    """A perceptron with BatchNorm."""
+
+    def __init__(self, seed):
+        torch.manual_seed(seed)
+        super().__init__(nn.Linear(64, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 10))
+
+
+@pytest.fixture(scope="module")
+def digits():
+    from losssurf_fast.demo.data import load
+
+    data = load("digits", None)
+    loader = [(data.train_x[i : i + 128], data.train_y[i : i + 128]) for i in range(0, 1280, 128)]
+    nets = [Digits(0), Digits(1)]
+    for net in nets:
+        optimizer = torch.optim.Adam(net.parameters(), 0.01)
+        for _ in range(15):
+            for x, y in loader:
+                optimizer.zero_grad()
+                F.cross_entropy(net(x), y).backward()
+                optimizer.step()
+    return nets, loader
+
+
+def test_networks_with_batch_norm(digits):
+    (a, b), loader = digits
+    model = copy.deepcopy(a).eval()
+    before = bits(model)
+    cycles = [{"steps": 40, "lr": 0.1, "subsample": 4}, {"insert": "highest", "count": 2}]
+    curve, report = run(a, b.state_dict(), cycles, loader, F.cross_entropy, model)
+    assert_untouched(model, before)
+    line = lsf.evaluate_curve(lsf.Curve([a, b], kind="polychain", num_bends=2), {"train": loader}, num_points=11)
+    barrier = line["train"]["loss"].max
+    assert barrier > 0.3 and report.saddle < barrier / 5
+    assert report.points["error"][0] < 0.01
+    # the same again from the curve: statistics set anew at every point, distances over parameters
+    again = lsf.evaluate_curve(curve, {"train": loader}, num_points=len(report.points["t"]))
+    torch.testing.assert_close(torch.tensor(report.points["loss"]), torch.tensor(again["train"]["loss"].values).float())
+    assert report.length == pytest.approx(again.length, rel=1e-5)
+    for source, bend in ((a, curve.bends[0]), (b, curve.bends[-1])):
+        assert all(torch.equal(p, dict(bend.named_parameters())[name]) for name, p in source.named_parameters())
+    for name, buffer in a.named_buffers():
+        assert torch.equal(buffer, dict(curve.module.named_buffers())[name])
+
+
+def test_runs_are_equal_and_a_resumed_one_is_too():
+    whole_curve, whole = run(*minima())
+    again_curve, again = run(*minima())
+    kept = []
+    first = run(*minima(), cycles=SHORT[:1], after_cycle=lambda *found: kept.append(found))
+    assert len(kept) == 1 and kept[0][1] == first[1] and kept[0][1] is not first[1]
+    resumed_curve, resumed = run(*minima(), resume=first)
+    done_curve, done = run(*minima(), resume=(whole_curve, whole))
+    for curve, report in ((again_curve, again), (resumed_curve, resumed), (done_curve, done)):
+        assert report == whole
+        for ours, theirs in zip(curve.parameters(), whole_curve.parameters(), strict=True):
+            assert torch.equal(ours, theirs)
+
+
+def test_resume_refuses_other_runs():
+    found = run(*minima())
+    with pytest.raises(ValueError, match="resume must be of a run with the same first 2 cycles"):
+        run(*minima(), cycles=[{**SHORT[0], "lr": 0.5}, SHORT[1]], resume=found)
+    with pytest.raises(ValueError, match="resume must be of a path between start and end"):
+        run(Valley(-1, 0.1), Valley(1, 0), resume=found)
+    with pytest.raises(TypeError, match="resume must be a Curve and its NEBReport, got Curve and dict"):
+        run(*minima(), resume=(found[0], {}))
+
+
+class Broken(Exception):
+    pass
+
+
+def fail_after(calls):
+    def loss_fn(outputs, targets):
+        calls[0] -= 1
+        if calls[0] < 0:
+            raise Broken
+        return F.cross_entropy(outputs, targets)
+
+    return loss_fn
+
+
+def test_the_model_is_untouched_whatever_raises(digits):
+    (a, b), loader = digits
+    model = copy.deepcopy(a)
+    model[0].eval()
+    next(model.parameters()).grad = torch.ones_like(model[0].weight)
+    before = bits(model)
+    for calls in (0, 3, 20):  # at the first loss, in a step, when the band is measured
+        with pytest.raises(Broken):
+            run(a, b, SHORT, loader[:1], fail_after([calls]), model)
+        assert_untouched(model, before)
+
+    def after_cycle(curve, report):
+        assert_untouched(model, before)
+        raise Broken
+
+    with pytest.raises(Broken):
+        run(a, b, SHORT, loader[:1], F.cross_entropy, model, after_cycle=after_cycle)
+    assert_untouched(model, before)
+
+
+def test_the_model_may_be_one_of_the_ends(digits):
+    (a, b), loader = digits
+    before = bits(b)
+    wanted, _ = run(a, b, SHORT, loader, F.cross_entropy, copy.deepcopy(b))
+    curve, _ = run(a, b, SHORT, loader, F.cross_entropy, b)
+    assert_untouched(b, before)
+    assert all(torch.equal(p, q) for p, q in zip(curve.parameters(), wanted.parameters(), strict=True))
+
+
+def test_tied_frozen_and_half_precision_parameters():
+    def network(seed, value=1.0):
+        torch.manual_seed(seed)
+        net = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Linear(4, 2)).to(torch.bfloat16)
+        net[2].weight = net[0].weight
+        net[3].weight.requires_grad_(False).fill_(value)
+        return net
+
+    loader = [(torch.randn(8, 4).bfloat16(), torch.arange(8) % 2)]
+    loss_fn = lambda outputs, targets: F.cross_entropy(outputs.float(), targets)
+    a, b = network(0), network(1)
+    curve, report = run(a, b, SHORT, loader, loss_fn, network(2))
+    assert len(dict(curve.bends[0].named_parameters())) == 5
+    for bend in curve.bends:
+        named = dict(bend.named_parameters())
+        assert named["3.weight"].eq(1.0).all() and not named["3.weight"].requires_grad
+        assert all(p.dtype == torch.bfloat16 for p in named.values())
+    for source, bend in ((a, curve.bends[0]), (b, curve.bends[-1])):
+        assert all(torch.equal(p, dict(bend.named_parameters())[name]) for name, p in source.named_parameters())
+    trainable = [n for n, p in a.named_parameters() if p.requires_grad]
+    gaps = [dict(b.named_parameters())[n].double() - dict(a.named_parameters())[n].double() for n in trainable]
+    assert report.length >= torch.cat([g.flatten() for g in gaps]).norm().item() * (1 - 1e-6)
+    with pytest.raises(ValueError, match=r"auto_neb: 3.weight requires no gradient and must be equal in start and end"):
+        run(a, network(1, 2.0), SHORT, loader, loss_fn, network(2))
+
+
+def test_parameters_that_the_loss_does_not_use_stay_on_the_line():
+    class Unused(Valley):
+        def __init__(self, x, y, z):
+            super().__init__(x, y)
+            self.z = nn.Parameter(torch.tensor([z], dtype=F64))
+
+    curve, _ = run(Unused(-1, 0, 0.0), Unused(1, 0, 0.0), model=Unused(0, 0, 7.0))
+    assert all(bend.z.item() == 0 for bend in curve.bends)
+
+
+class CountReads(TorchDispatchMode):
+    """How often a value goes from a tensor to Python."""
+
+    def __init__(self):
+        super().__init__()
+        self.reads = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.reads += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_steps_read_no_value_on_the_host():
+    reads = []
+    for steps in (1, 5):
+        with CountReads() as count:
+            run(*minima(), cycles=[{"steps": steps, "lr": 0.01, "subsample": 0}])
+        reads.append(count.reads)
+    assert reads[0] == reads[1]
+
+
+def test_dicts_and_generators_of_batches():
+    class Named(nn.Module):
+        def __init__(self, seed):
+            super().__init__()
+            torch.manual_seed(seed)
+            self.layer = nn.Linear(3, 2)
+
+        def forward(self, values):
+            return self.layer(values)
+
+    batch = {"values": torch.randn(8, 3), "labels": torch.arange(8) % 2}
+    pairs = [(batch["values"], batch["labels"])]
+    by_dict = run(Named(0), Named(1), SHORT, [batch], F.cross_entropy, Named(2))
+    by_pair = run(Named(0), Named(1), SHORT, pairs, F.cross_entropy, Named(2))
+    assert by_dict[1] == by_pair[1]
+    with pytest.raises(ValueError, match="auto_neb: loader is read once for every cycle, got a list_iterator"):
+        run(*minima(), loader=iter(LOADER))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"model": 3}, TypeError, "auto_neb: model must be a torch.nn.Module, got int"),
+        ({"start": 3}, TypeError, "auto_neb: start must be a model or a state_dict, got int"),
+        (
+            {"end": nn.Linear(2, 2)},
+            ValueError,
+            "auto_neb: end: the model must have .* of model; it lacks x, y",
+        ),
+        ({"end": {"x": torch.zeros(())}}, ValueError, "auto_neb: end: .* it lacks y"),
+        ({"end": {"x": torch.zeros(()), "y": torch.zeros(2)}}, ValueError, "auto_neb: end: y must have shape"),
+        ({"end": {"x": torch.zeros(()), "y": torch.zeros((), dtype=torch.int64)}}, TypeError, "y must be like"),
+        ({"end": {**Valley(1, 0).state_dict(), "z": torch.zeros(1)}}, ValueError, "auto_neb: end: .* has z besides"),
+        ({"end": Valley(-1, 0)}, ValueError, "auto_neb: start and end must differ, got equal weights"),
+        ({"loader": 3}, TypeError, "auto_neb: loader must be a loader of batches, got int"),
+        ({"loader": []}, ValueError, "auto_neb: loader must yield at least one batch, every time it is read; got none"),
+        (
+            {"loader": [LOADER[0][0]]},
+            TypeError,
+            r"auto_neb: loader must yield \(inputs, targets\) or .* Tensor",
+        ),
+        ({"loss_fn": 3}, TypeError, "auto_neb: loss_fn must be a function"),
+        ({"loss_fn": lambda o, t: o.expand(2)}, ValueError, r"auto_neb: loss_fn must return a scalar, .* got \(2,\)"),
+        ({"loss_fn": lambda o, t: o.item()}, ValueError, "auto_neb: loss_fn must return a scalar, .* got float"),
+        ({"loss_fn": lambda o, t: o.detach()}, ValueError, "auto_neb: loss_fn must depend on the weights"),
+        ({"loss_fn": lambda o, t: o * math.inf}, RuntimeError, "auto_neb: the loss must be finite on the path"),
+        ({"weight_decay": -1.0}, ValueError, "auto_neb: weight_decay must be a finite number of at least 0, got -1.0"),
+        ({"weight_decay": "a"}, TypeError, "auto_neb: weight_decay must be a number, got str"),
+        ({"cycles": []}, ValueError, "auto_neb: cycles must be at least one"),
+    ],
+)
+def test_bad_input(change, error, message):
+    start, end = minima()
+    model = change.get("model", Valley(0.3, 0.4))
+    arguments = {"start": start, "end": end, "model": model, **change}
+    before = bits(model) if isinstance(model, nn.Module) else None
+    with pytest.raises(error, match=message):
+        run(**arguments)
+    if before is not None:
+        assert_untouched(model, before)
+
+
+def test_weights_that_no_band_is_for():
+    start, end = minima()
+    with pytest.raises(ValueError, match="auto_neb: model must have a parameter that requires a gradient, got none"):
+        run(start, end, model=Valley(0, 0).requires_grad_(False))
+    waves = [nn.Linear(2, 2, dtype=torch.complex64) for _ in range(3)]
+    with pytest.raises(NotImplementedError, match="bands of torch.complex64 weights are not written; weight has them"):
+        run(*waves[:2], model=waves[2])
+
+
+def test_reports_in_files(tmp_path):
+    _, report = run(*minima())
+    report.save(tmp_path / "report.pt")
+    assert NEBReport.load(tmp_path / "report.pt") == report
+    (tmp_path / "damaged.pt").write_bytes((tmp_path / "report.pt").read_bytes()[:100])
+    with pytest.raises(ValueError, match="NEBReport.load: .*damaged.pt is damaged"):
+        NEBReport.load(tmp_path / "damaged.pt")
+    torch.save({"x": torch.zeros(1)}, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match="NEBReport.load: .*other.pt holds no NEBReport"):
+        NEBReport.load(tmp_path / "other.pt")
+    torch.save({"format": "NEBReport 1", "x": 1}, tmp_path / "later.pt")
+    with pytest.raises(ValueError, match="NEBReport.load: .*later.pt holds no NEBReport"):
+        NEBReport.load(tmp_path / "later.pt")
+    figure = report.plot(tmp_path / "report.png")
+    assert len(figure.axes) == 2 and (tmp_path / "report.png").stat().st_size > 1000
+
+
+def regression(seed):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+
+
+def regression_data():
+    generator = torch.Generator().manual_seed(5)
+    return [tuple(torch.randn(8, n, generator=generator, dtype=F64) for n in (3, 1)) for _ in range(3)]
+
+
+def on_a_rank(rank, path):
+    loader = [(x[rank::2], y[rank::2]) for x, y in regression_data()]
+    curve, report = run(regression(0), regression(1), SHORT, loader, F.mse_loss, regression(2))
+    torch.save([curve.state_dict(), report.points["loss"]], f"{path}/{rank}.pt")
+
+
+def test_ranks_share_the_data(tmp_path):
+    run_ranks(on_a_rank, str(tmp_path))
+    curve, report = run(regression(0), regression(1), SHORT, regression_data(), F.mse_loss, regression(2))
+    for rank in range(2):
+        state, losses = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        torch.testing.assert_close(state, curve.state_dict())
+        assert losses == pytest.approx(report.points["loss"])
+
+
+def test_a_compiled_model_runs_compiled():
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    ends = [regression(0), regression(1)]
+    wanted, _ = run(*ends, SHORT, regression_data(), F.mse_loss, regression(2))
+    compiled = torch.compile(regression(2), backend=backend)
+    before = bits(compiled)
+    found, _ = run(torch.compile(ends[0]), ends[1], SHORT, regression_data(), F.mse_loss, compiled)
+    torch.testing.assert_close(found.state_dict(), wanted.state_dict())
+    assert_untouched(compiled, before)
+    assert graphs
+
+
+def test_the_path_is_saved_as_any_curve(tmp_path):
+    found, _ = run(*minima())
+    torch.save(found.state_dict(), tmp_path / "path.pt")
+    loaded = lsf.Curve(minima(), kind="polychain", num_bends=found.num_bends)
+    loaded.load_state_dict(torch.load(tmp_path / "path.pt", weights_only=True))
+    assert torch.equal(loaded(LOADER[0][0], t=0.3), found(LOADER[0][0], t=0.3))
+    assert not any(p.requires_grad for bend in (found.bends[0], found.bends[-1]) for p in bend.parameters())
+    assert all(p.requires_grad for p in found.bends[1].parameters())  # it may be trained on as a curve
