@@ -4,6 +4,7 @@ Source: Garipov et al., "Loss surfaces, mode connectivity, and fast ensembling o
 """
 
 import contextlib
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -169,8 +170,9 @@ class Curve(nn.Module):
         weights = self._last_weights if t is None else None
         if weights is None:
             weights = self.weights(self._last_t if t is None else t)
-        squares = [torch.linalg.vector_norm(w, dtype=_wide(w.dtype)).square() for w in weights.values()]
-        return torch.stack([s.to(squares[0]) for s in squares]).sum()
+        parts = [tensors.real(w) for w in weights.values()]
+        wide = functools.reduce(torch.promote_types, {w.dtype for w in parts}, torch.float32)
+        return torch.stack(torch._foreach_norm(parts, 2, dtype=wide)).square().sum()
 
     @property
     def last_t(self) -> torch.Tensor | None:
@@ -270,7 +272,3 @@ def _bend(
         return at(points[min(j, 1)])
     first, last = at(points[0]), at(points[1])
     return {name: torch.lerp(p, last[name], j / (num_bends - 1)) for name, p in first.items()}
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
