@@ -230,6 +230,17 @@ def refusals(rank):
     stratified = network(t_per_rank="stratified")
     with pytest.raises(ValueError, match="Curve.shard_: sharded bends need t_per_rank='same', got 'stratified'"):
         stratified.shard_()
+    sharded = network().shard_()
+    sharded.t_per_rank = "stratified"
+    with pytest.raises(ValueError, match="Curve: sharded bends need t_per_rank='same', got 'stratified'"):
+        sharded(batch())
+    gathered = fully_shard(network(for_fsdp=True, t_per_rank="stratified"))
+    expected = network(for_fsdp=True)
+    for name, w in gathered.weights(0.3).items():
+        assert torch.equal(w, expected.weights(0.3)[name])
+    gathered(batch()).sum().backward()
+    a, b = all_ranks(gathered.last_t)
+    assert a != b
     with pytest.raises(NotImplementedError, match="mesh must have one dimension, got 2"):
         network().shard_(init_device_mesh("cpu", (1, 2)))
     columns, mesh = network(for_fsdp=True), init_device_mesh("cpu", (2,))

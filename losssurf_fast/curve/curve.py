@@ -18,6 +18,7 @@ from losssurf_fast.curve.recompute import in_backward, prepare_backward
 from losssurf_fast.ops.curve import check_kind, check_t, curve_coefficients, curve_weights
 
 _NAME = "Curve"
+_STRATIFIED = "sharded bends need t_per_rank='same', got 'stratified'"
 
 
 class Curve(nn.Module):
@@ -41,8 +42,9 @@ class Curve(nn.Module):
     curve.
 
     The weights of the last forward that recorded gradients stay installed in ``module``, so that activation
-    checkpointing inside it recomputes with what forward used; backward of an earlier forward reinstalls its own
-    first. :meth:`release`, a copy, and ``to`` free them.
+    checkpointing inside it recomputes with what forward used (over several ranks with ``use_reentrant=False`` alone);
+    backward of an earlier forward reinstalls its own first. A backward's end, the next forward, :meth:`release`, a
+    copy and ``to`` free them.
 
     Over several ranks t is rank 0's on all of them (``t_per_rank="same"``), so each of them must call it; or
     (u + rank / world) mod 1 with a common u ("stratified"): each rank's t is still uniform, and their mean gradient
@@ -129,8 +131,6 @@ class Curve(nn.Module):
         bends = self._bends.lists()
         layout = None
         if sharding.is_sharded(bends[0][0]):
-            if self.t_per_rank == "stratified":
-                raise ValueError(f"{_NAME}: sharded bends need t_per_rank='same', got 'stratified'")
             layout = sharding.Layout.of(bends[0])
             t = sharding.same_t(t, layout.mesh)
             bends = [[sharding.part(p) for p in bend] for bend in bends]
@@ -186,6 +186,8 @@ class Curve(nn.Module):
 
         Compile with tensors for t: each number is a graph of its own.
         """
+        if t is None and self.t_per_rank == "stratified" and sharding.is_sharded(self._bends.first()):
+            raise ValueError(f"{_NAME}: {_STRATIFIED}")
         t = self.sample_t() if t is None else self._as_t(t)
         weights = self._weights(t)
         passing = torch.compiler.is_compiling() or composite_needed() or not torch.is_grad_enabled()
@@ -239,7 +241,7 @@ class Curve(nn.Module):
             NotImplementedError: the mesh has several dimensions.
         """
         if self.t_per_rank == "stratified":
-            raise ValueError(f"{_NAME}.shard_: sharded bends need t_per_rank='same', got 'stratified'")
+            raise ValueError(f"{_NAME}.shard_: {_STRATIFIED}")
         self.release()
         sharding.shard_(self.bends, mesh)
         return self
