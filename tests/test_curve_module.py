@@ -142,7 +142,7 @@ def two(name, seed=0, double=True):
     torch.manual_seed(seed)
     models = [MODELS[name]() for _ in range(2)]
     for model in models:
-        model.to(F64 if double else torch.float32)
+        model.double() if double else model.float()  # which leave complex and integer parameters as they are
         for module in model.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.running_mean.normal_(), module.running_var.uniform_(0.5, 2)
@@ -319,6 +319,9 @@ def test_l2_is_the_sum_of_squares():
     for p in half.parameters():
         p.data.fill_(30)
     assert half.l2(0.5) == 900 * 65 * 64  # beyond half precision
+    curve = lsf.Curve(two("complex")[0])
+    assert torch.autograd.gradcheck(lambda t: curve.l2(t), torch.tensor(0.3, dtype=F64, requires_grad=True))
+    torch.testing.assert_close(curve.l2(0.0), sum(p.abs().square().sum() for p in curve.bends[0].parameters()))
 
 
 def test_t_is_drawn_from_the_default_generator():

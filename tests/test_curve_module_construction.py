@@ -203,6 +203,7 @@ def refusals():
         (ValueError, "Curve: weight is lazy; run the model once", [lazy, lazy], {}),
         (ValueError, given(1, "weight must hold values, got a lazy tensor"), [nn.Linear(2, 2), lazy], {}),
         (ValueError, "Curve: 0.weight must hold values, got a tensor on the meta", [meta, b], {}),
+        (ValueError, "Curve: 0.weight must hold values, got a tensor on the meta", [s, b], {"model": meta}),
         (ValueError, given(1, "0.weight must hold values, got one on the meta"), [a, meta], {}),
         (ValueError, "Curve: ReLU has no floating parameters to combine", [nn.ReLU(), nn.ReLU()], {}),
         (ValueError, "Curve: OnlyIntegers has no floating parameters", [OnlyIntegers(), OnlyIntegers()], {}),

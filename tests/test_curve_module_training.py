@@ -256,6 +256,28 @@ def test_training_with_the_usual_tools():
         assert torch.equal(value, curve.state_dict()[name]) == end, name
 
 
+def test_averages_and_batch_statistics_of_a_curve():
+    net = lambda: nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 2))
+    curve = curve_of(net)
+    x = torch.randn(32, 4, dtype=F64)
+    average = lsf.AveragedModel(curve)
+    wanted = []
+    for _ in range(2):
+        with torch.no_grad():
+            curve.bends[1].get_parameter("0.weight").normal_()
+        curve(x).sum().backward()
+        average.update_parameters(curve)
+        wanted.append(curve.bends[1].get_parameter("0.weight").detach().clone())
+    torch.testing.assert_close(average.module.bends[1].get_parameter("0.weight"), (wanted[0] + wanted[1]) / 2)
+    lsf.update_bn([x[:16], x[16:]], curve, forward_kwargs={"t": 0.4})
+    model = curve.module_at(0.4)
+    torch.testing.assert_close(model[1].running_mean, model[0](x).mean(0))
+    lsf.update_bn([x], average, forward_kwargs={"t": 0.4})
+    with lsf.averaged_weights(curve, average):
+        torch.testing.assert_close(curve.eval()(x, t=0.4), average.eval()(x, t=0.4))
+    assert torch.equal(curve.bends[1].get_parameter("0.weight"), wanted[1])
+
+
 def test_nothing_stays_alive():
     """No cycles: the graph of a forward goes with its output, the curve with its last name."""
     gc.disable()

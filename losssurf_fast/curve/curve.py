@@ -4,6 +4,7 @@ Source: Garipov et al., "Loss surfaces, mode connectivity, and fast ensembling o
 """
 
 import contextlib
+import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
@@ -20,6 +21,7 @@ from losssurf_fast.curve.recompute import in_backward, prepare_backward
 from losssurf_fast.ops.curve import check_kind, check_t, curve_coefficients, curve_weights
 
 _NAME = "Curve"
+_STRATIFIED = "sharded bends need t_per_rank='same', got 'stratified'"
 
 
 class Curve(nn.Module):
@@ -43,8 +45,9 @@ class Curve(nn.Module):
     curve.
 
     The weights of the last forward that recorded gradients stay installed in ``module``, so that activation
-    checkpointing inside it recomputes with what forward used; backward of an earlier forward reinstalls its own
-    first. :meth:`release`, a copy, and ``to`` free them.
+    checkpointing inside it recomputes with what forward used (over several ranks with ``use_reentrant=False`` alone);
+    backward of an earlier forward reinstalls its own first. A backward's end, the next forward, :meth:`release`, a
+    copy and ``to`` free them.
 
     Over several ranks t is rank 0's on all of them (``t_per_rank="same"``), so each of them must call it; or
     (u + rank / world) mod 1 with a common u ("stratified"): each rank's t is still uniform, and their mean gradient
@@ -137,8 +140,6 @@ class Curve(nn.Module):
         bends = self._bends.lists()
         layout = None
         if sharding.is_sharded(bends[0][0]):
-            if self.t_per_rank == "stratified":
-                raise ValueError(f"{_NAME}: sharded bends need t_per_rank='same', got 'stratified'")
             layout = sharding.Layout.of(bends[0])
             t = sharding.same_t(t, layout.mesh)
             bends = [[sharding.part(p) for p in bend] for bend in bends]
@@ -179,8 +180,9 @@ class Curve(nn.Module):
         weights, t = self._last_weights if t is None else None, self._known_t("l2", t)
         if weights is None:
             weights = self.weights(t)
-        squares = [torch.linalg.vector_norm(w, dtype=_wide(w.dtype)).square() for w in weights.values()]
-        return torch.stack([s.to(squares[0]) for s in squares]).sum()
+        parts = [tensors.real(w) for w in weights.values()]
+        wide = functools.reduce(torch.promote_types, {w.dtype for w in parts}, torch.float32)
+        return torch.stack(torch._foreach_norm(parts, 2, dtype=wide)).square().sum()
 
     def _known_t(self, caller: str, t: float | torch.Tensor | None) -> float | torch.Tensor:
         if t is None and self._last_t is None:
@@ -229,6 +231,8 @@ class Curve(nn.Module):
 
         Compile with tensors for t: each number is a graph of its own.
         """
+        if t is None and self.t_per_rank == "stratified" and sharding.is_sharded(self._bends.first()):
+            raise ValueError(f"{_NAME}: {_STRATIFIED}")
         t = self.sample_t() if t is None else self._as_t(t)
         weights = self._weights(t)
         passing = torch.compiler.is_compiling() or composite_needed() or not torch.is_grad_enabled()
@@ -322,7 +326,7 @@ class Curve(nn.Module):
             NotImplementedError: the mesh has several dimensions.
         """
         if self.t_per_rank == "stratified":
-            raise ValueError(f"{_NAME}.shard_: sharded bends need t_per_rank='same', got 'stratified'")
+            raise ValueError(f"{_NAME}.shard_: {_STRATIFIED}")
         self.release()
         sharding.shard_(self.bends, mesh)
         return self
@@ -356,7 +360,3 @@ def _bend(
         return at(points[min(j, 1)])
     first, last = at(points[0]), at(points[1])
     return {name: torch.lerp(p, last[name], j / (num_bends - 1)) for name, p in first.items()}
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)

@@ -44,7 +44,7 @@ def template_of(models: Sequence[nn.Module | Mapping], model: nn.Module | None) 
     for name, p in parameters.items():
         if nn.parameter.is_lazy(p):
             raise ValueError(f"{_NAME}: {name} is lazy; run the model once before it is put on a curve")
-        if p.is_meta and model is None:
+        if p.is_meta:
             raise ValueError(f"{_NAME}: {name} must hold values, got a tensor on the meta device")
         if tensors.is_sharded(p):
             raise ValueError(f"{_NAME}: {name} is sharded; give the whole module as model=, and shard the curve")
