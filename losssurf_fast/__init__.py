@@ -26,7 +26,7 @@ from losssurf_fast.averaging import (
     update_bn,
 )
 from losssurf_fast.conversion import ConversionReport, conversion_report, to_lrt
-from losssurf_fast.curve import Curve
+from losssurf_fast.curve import Curve, CurveReport, evaluate_curve
 from losssurf_fast.objective import ELBOLoss, kl_divergence
 from losssurf_fast.prediction import predict, prediction
 
@@ -37,12 +37,14 @@ __all__ = [
     "AveragedModel",
     "ConversionReport",
     "Curve",
+    "CurveReport",
     "ELBOLoss",
     "FGETriangleLR",
     "SWAConstantLR",
     "SWACyclicLR",
     "averaged_weights",
     "conversion_report",
+    "evaluate_curve",
     "kernel_for",
     "kl_divergence",
     "nn",

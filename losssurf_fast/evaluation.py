@@ -2,15 +2,18 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 
-from losssurf_fast.averaging.batch_norm import update_bn
+from losssurf_fast.averaging.batch_norm import call_on_batch, spread_over_ranks, to_device, tracking_layers, update_bn
+from losssurf_fast.loaders import Inputs, num_samples, refuse_single_pass, split_batch
 from losssurf_fast.prediction import evaluation_mode
 
-Metric = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Metric = Callable[[Any, Any], torch.Tensor]
 
 
 @torch.no_grad()
@@ -20,36 +23,121 @@ def evaluate(
     loader: Iterable,
     loss_fn: Metric = F.cross_entropy,
     metrics: Mapping[str, Metric] | None = None,
-    device: torch.device | str | None = None,
+    device: torch.device | str | int | None = None,
+    process_group=None,
 ) -> dict[str, float]:
     """Means over a loader's samples: "loss", "error" for class labels, and each of ``metrics`` under its name.
 
-    ``loss_fn(outputs, targets)`` and the metrics return the mean over a batch as a scalar; batches weigh by their
-    number of samples. The model is in evaluation mode meanwhile.
+    Sums are made in float64 on the device and read once, at the end. The model is in evaluation mode meanwhile.
+
+    Args:
+        loader: yields ``(inputs, targets)``, or dicts whose targets have one of the keys "labels", "targets", "target",
+            "label" and whose other items are the model's keyword arguments, as are those of inputs that are a dict.
+        loss_fn: ``loss_fn(outputs, targets)`` gives the mean over a batch as a tensor of one element. Batches weigh by
+            their number of samples, the first size of the targets; empty ones count nothing. A NaN is a result.
+        metrics: more functions like ``loss_fn``, by name. One named "error" replaces the following.
+        device: where to move a batch's tensors; None leaves them.
+        process_group: where torch.distributed is initialised each rank reads its share of the data, which may be
+            empty, and all get the means over the ranks of this group: None for all ranks, False for this one alone.
+
+    The error is the fraction of wrong classes where targets are integers [N, ...] and outputs logits [N, C, ...], C at
+    least 2, as ``torch.nn.functional.cross_entropy`` takes them; targets below 0, which it ignores, do not count.
 
     Raises:
-        ValueError: the loader is empty; a loss or metric is no scalar.
+        TypeError, ValueError: an argument or batch is not as above, or the loader is empty (on every rank).
+        RuntimeError: another rank failed. What the loader, the model or a function raises passes through.
     """
-    total, samples = None, 0
-    with evaluation_mode(caller, model):
-        for inputs, targets in loader:
-            if device is not None:
-                inputs, targets = inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True)
-            outputs = model(inputs)
-            found = {"loss": loss_fn(outputs, targets)}
-            if not targets.is_floating_point() and outputs.dim() == targets.dim() + 1:
-                found["error"] = (outputs.argmax(1) != targets).double().mean()
-            found |= {name: metric(outputs, targets) for name, metric in (metrics or {}).items()}
-            for name, value in found.items():
-                if not isinstance(value, torch.Tensor) or value.numel() != 1:
-                    got = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
-                    raise ValueError(f"{caller}: {name} must be a scalar, the mean over a batch, got {got}")
-            batch = torch.stack([v.detach().double().reshape(()) for v in found.values()]) * len(targets)
-            total = batch if total is None else total + batch
-            samples += len(targets)
-    if not samples:
-        raise ValueError(f"{caller}: loader must yield at least one batch, got none")
-    return dict(zip(found, (total / samples).tolist(), strict=True))
+    sums, error = _Sums(caller), None
+    try:
+        _check(caller, loss_fn, metrics)
+        if not isinstance(loader, Iterable):
+            raise TypeError(f"{caller}: loader must be a loader of batches, got {type(loader).__name__}")
+        with evaluation_mode(caller, model):
+            for batch in loader:
+                inputs, targets = split_batch(caller, batch)
+                samples, targets = num_samples(caller, targets), to_device(targets, device)
+                outputs = call_on_batch(caller, model, (inputs,), device, None)
+                if samples:
+                    found = {"loss": loss_fn(outputs, targets)} | _error(outputs, targets)
+                    found |= {name: metric(outputs, targets) for name, metric in (metrics or {}).items()}
+                    sums.add(found, samples)
+    except Exception as e:  # raised below, once the other ranks know
+        error = e
+    if spread_over_ranks(process_group):
+        sums.add_ranks(error, process_group)
+    if error is not None:
+        raise error
+    return sums.means()
+
+
+def _check(caller: str, loss_fn: Metric, metrics: Mapping[str, Metric] | None) -> None:
+    if metrics is not None and not isinstance(metrics, Mapping):
+        raise TypeError(f"{caller}: metrics must be a mapping from names to functions, got {type(metrics).__name__}")
+    for name, function in {"loss_fn": loss_fn, **(metrics or {})}.items():
+        if not callable(function):
+            raise TypeError(
+                f"{caller}: {name} must be a function of outputs and targets, got {type(function).__name__}"
+            )
+    if metrics is not None and "loss" in metrics:
+        raise ValueError(f"{caller}: a metric must not be named 'loss', which is loss_fn's")
+
+
+def _error(outputs, targets) -> dict[str, torch.Tensor]:
+    """The fraction of wrong classes, where outputs and targets are logits and labels."""
+    if not isinstance(outputs, torch.Tensor) or not isinstance(targets, torch.Tensor):
+        return {}
+    integers = not (targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool)
+    logits = outputs.dim() > 1 and outputs.shape[1] > 1 and outputs.shape[:1] + outputs.shape[2:] == targets.shape
+    if not integers or not logits:
+        return {}
+    counted = targets >= 0
+    wrong = (outputs.argmax(1) != targets) & counted
+    return {"error": wrong.sum(dtype=torch.float64) / counted.sum()}
+
+
+class _Sums:
+    """Sums over samples of what has means over batches."""
+
+    def __init__(self, caller: str):
+        self._caller, self._names, self._samples, self._total = caller, [], 0, None
+
+    def add(self, found: dict[str, torch.Tensor], samples: int) -> None:
+        """Take in the means over a batch of so many samples."""
+        for name, value in found.items():
+            if not isinstance(value, torch.Tensor):
+                raise TypeError(f"{self._caller}: {name} must be a tensor, which nothing waits for, got {value!r}")
+            if value.numel() != 1:
+                shape = tuple(value.shape)
+                raise ValueError(f"{self._caller}: {name} must be a scalar, the mean over a batch, got {shape}")
+        device = found["loss"].device
+        batch = torch.stack([v.detach().to(device, torch.float64).reshape(()) for v in found.values()]) * samples
+        if self._total is None:
+            self._names, self._total = list(found), batch
+        elif list(found) != self._names:
+            raise ValueError(f"{self._caller}: every batch must have the metrics {self._names}, one has {list(found)}")
+        else:
+            self._total += batch
+        self._samples += samples
+
+    def add_ranks(self, error: Exception | None, group) -> None:
+        """Take in what the other ranks have, in one exchange; raise where one of them failed."""
+        total = None if self._total is None else self._total.tolist()
+        everyone: list = [None] * dist.get_world_size(group)
+        dist.all_gather_object(everyone, (error is not None, self._names, total, self._samples), group=group)
+        failed = sum(rank[0] for rank in everyone)
+        if failed and error is None:
+            raise RuntimeError(f"{self._caller}: {failed} other ranks failed")
+        parts = [rank[1:] for rank in everyone if rank[2] is not None]
+        if any(names != parts[0][0] for names, *_ in parts):
+            raise ValueError(f"{self._caller}: every rank must have the same metrics, got {[n for n, *_ in parts]}")
+        if parts:
+            self._names, self._samples = parts[0][0], sum(samples for *_, samples in parts)
+            self._total = torch.tensor([total for _, total, _ in parts], dtype=torch.float64).sum(0)
+
+    def means(self) -> dict[str, float]:
+        if self._total is None:
+            raise ValueError(f"{self._caller}: loader must yield at least one sample, got none")
+        return dict(zip(self._names, (self._total / self._samples).tolist(), strict=True))
 
 
 @dataclass(frozen=True)
@@ -59,8 +147,13 @@ class Evaluation:
     Attributes:
         caller: the public function, for messages.
         loaders: one loader, whose metrics are called "loss", "error" ...; or loaders by name, "train_loss" and so on.
-        loss_fn, metrics, device: as in :func:`evaluate`.
-        bn_loader: data for the BatchNorm statistics of every point; None keeps the model's.
+        loss_fn, metrics, device, process_group: as in :func:`evaluate`.
+        bn_loader: data for the BatchNorm statistics of every point; None keeps the model's. Dicts are passed to the
+            model without targets, as in :func:`evaluate`.
+        subset: how much of ``bn_loader`` to read, as in :func:`losssurf_fast.update_bn`.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above, or a loader can be read only once.
     """
 
     caller: str
@@ -68,15 +161,68 @@ class Evaluation:
     loss_fn: Metric = F.cross_entropy
     metrics: Mapping[str, Metric] | None = None
     bn_loader: Iterable | None = None
-    device: torch.device | str | None = None
+    device: torch.device | str | int | None = None
+    subset: float | int | None = None
+    process_group: Any = None
+
+    def __post_init__(self) -> None:
+        _check(self.caller, self.loss_fn, self.metrics)
+        if isinstance(self.loaders, Mapping):
+            if not self.loaders:
+                raise ValueError(f"{self.caller}: loaders must hold at least one loader, got none")
+            for name, loader in self.loaders.items():
+                refuse_single_pass(self.caller, f"loaders[{name!r}]", loader, "point")
+        else:
+            refuse_single_pass(self.caller, "loader", self.loaders, "point")
+        if self.bn_loader is not None:
+            refuse_single_pass(self.caller, "bn_loader", self.bn_loader, "point")
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
-        """The metrics of ``model`` as it is, which only gets other BatchNorm statistics."""
-        if self.bn_loader is not None:
-            update_bn(self.bn_loader, model, self.device)
+        """The metrics of ``model`` as it is, which only gets other BatchNorm statistics.
+
+        The random generators are as before afterwards, so that loaders that shuffle by torch's give every point the
+        same batches.
+        """
+        return {
+            f"{name}_{metric}" if name else metric: value
+            for name, found in self.by_loader(model).items()
+            for metric, value in found.items()
+        }
+
+    def by_loader(self, model: nn.Module) -> dict[str, dict[str, float]]:
+        """The same by the loaders' names; a single loader's is ""."""
         loaders = self.loaders if isinstance(self.loaders, Mapping) else {"": self.loaders}
-        result = {}
-        for name, loader in loaders.items():
-            found = evaluate(self.caller, model, loader, self.loss_fn, self.metrics, self.device)
-            result |= {f"{name}_{metric}" if name else metric: value for metric, value in found.items()}
-        return result
+        with torch.random.fork_rng(_gpus(model)):
+            if self.bn_loader is not None:
+                bn_loader, group = Inputs(self.bn_loader), self.process_group
+                update_bn(bn_loader, model, self.device, subset=self.subset, process_group=group)
+            return {
+                name: evaluate(self.caller, model, loader, self.loss_fn, self.metrics, self.device, self.process_group)
+                for name, loader in loaders.items()
+            }
+
+
+def _gpus(model: nn.Module) -> list[int]:
+    """Those in use: the current one and those of the model's tensors."""
+    if not torch.cuda.is_initialized():
+        return []
+    tensors = [*model.parameters(), *model.buffers()]
+    return sorted({torch.cuda.current_device(), *(t.device.index for t in tensors if t.is_cuda)})
+
+
+def statistics_loader(caller: str, model: nn.Module, loaders, bn_loader, recalibrate: bool):
+    """The data for the BatchNorm statistics of every point: ``bn_loader``, or the loader "train"; None for none.
+
+    Raises:
+        ValueError: the model has BatchNorm layers and there is no such loader, or both arguments are given.
+    """
+    if not recalibrate and bn_loader is not None:
+        raise ValueError(f"{caller}: bn_loader and recalibrate=False exclude each other")
+    if bn_loader is not None or not recalibrate or not tracking_layers(model):
+        return bn_loader
+    if isinstance(loaders, Mapping) and "train" in loaders:
+        return loaders["train"]
+    raise ValueError(
+        f"{caller}: the model has BatchNorm layers, whose statistics must be taken anew at every point; give training "
+        "data as bn_loader= or as the loader 'train', or keep the model's statistics by recalibrate=False"
+    )

@@ -3,10 +3,11 @@
 import os
 import secrets
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 
@@ -47,3 +48,28 @@ def load_state(caller: str, path: str | os.PathLike) -> Any:
             return torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # what torch raises for damaged files differs with the damage
             raise ValueError(f"{caller}: {path} is damaged or no file of {caller.split('.')[0]}: {error}") from error
+
+
+def save_arrays(arrays: Mapping[str, np.ndarray], path: str | os.PathLike) -> None:
+    """``numpy.savez``, atomically, and without a suffix of its own."""
+
+    def write(temporary: str) -> None:
+        with open(temporary, "wb") as file:
+            np.savez(file, allow_pickle=False, **arrays)
+
+    write_atomically(path, write)
+
+
+def load_arrays(caller: str, path: str | os.PathLike) -> dict[str, np.ndarray]:
+    """What :func:`save_arrays` wrote.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, or holds something else than arrays of numbers and strings.
+    """
+    with open(path, "rb") as file:
+        try:
+            with np.load(file, allow_pickle=False) as arrays:
+                return {name: arrays[name] for name in arrays.files}
+        except Exception as error:  # what numpy and zipfile raise for damaged files differs with the damage
+            raise ValueError(f"{caller}: {path} is damaged or no npz file: {error}") from error

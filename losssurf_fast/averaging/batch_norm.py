@@ -246,11 +246,11 @@ def call_on_batch(caller: str, model: nn.Module, batch, device, forward_kwargs: 
         if not batch:
             raise ValueError(f"{caller}: loader must yield tuples with the input first, got an empty {type(batch)}")
         batch = batch[0]
-    batch, kwargs = _to(batch, device), forward_kwargs or {}
+    batch, kwargs = to_device(batch, device), forward_kwargs or {}
     return model(**batch, **kwargs) if isinstance(batch, Mapping) else model(batch, **kwargs)
 
 
-def _to(value, device):
+def to_device(value, device):
     """``value`` with its tensors, also those inside it, on ``device``; containers keep their types."""
     if device is None:
         return value
@@ -261,14 +261,14 @@ def _to(value, device):
     if isinstance(value, dict):
         moved = copy.copy(value)
         for key, v in value.items():
-            moved[key] = _to(v, device)
+            moved[key] = to_device(v, device)
         return moved
     if isinstance(value, Mapping):
-        return {key: _to(v, device) for key, v in value.items()}
+        return {key: to_device(v, device) for key, v in value.items()}
     if isinstance(value, tuple) and hasattr(value, "_fields"):  # a namedtuple
-        return type(value)(*(_to(v, device) for v in value))
+        return type(value)(*(to_device(v, device) for v in value))
     if isinstance(value, tuple | list):
-        return type(value)([_to(v, device) for v in value])
+        return type(value)([to_device(v, device) for v in value])
     return value
 
 

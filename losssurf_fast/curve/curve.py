@@ -5,15 +5,18 @@ Source: Garipov et al., "Loss surfaces, mode connectivity, and fast ensembling o
 
 import contextlib
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
 
 from losssurf_fast._library import composite_needed
 from losssurf_fast.averaging import tensors
+from losssurf_fast.averaging.ensemble import Ensemble
+from losssurf_fast.averaging.swap import restored
 from losssurf_fast.curve import endpoints, sharding
 from losssurf_fast.curve.bends import Bends, Places, combined, parameter_tree
+from losssurf_fast.curve.geometry import T_SAMPLINGS, Geometry, as_points, even_points
 from losssurf_fast.curve.recompute import in_backward, prepare_backward
 from losssurf_fast.ops.curve import check_kind, check_t, curve_coefficients, curve_weights
 
@@ -62,6 +65,9 @@ class Curve(nn.Module):
         model: the module whose forward, buffers and frozen parameters the curve takes; by default the first module of
             ``models``. With state_dicts its buffers are then the first one's.
         t_per_rank: "same" or "stratified".
+        t_sampling: "uniform" or "arc_length": t is drawn with the density |w'(t)| / length, so that points are uniform
+            on the curve and the mean loss is the paper's first one, by arc length (equation 1), whose gradient through
+            the density is left out; :meth:`arc_weight` has it. It costs one more pass over the bends per draw.
 
     Raises:
         TypeError, ValueError: an argument is not as above, or models differ in names, shapes, kinds of dtypes or
@@ -82,6 +88,7 @@ class Curve(nn.Module):
         init: str = "linear",
         model: nn.Module | None = None,
         t_per_rank: str = "same",
+        t_sampling: str = "uniform",
     ):
         super().__init__()
         check_kind(_NAME, num_bends, kind)
@@ -89,6 +96,8 @@ class Curve(nn.Module):
             raise ValueError(f"{_NAME}: init must be 'linear', got {init!r}")
         if t_per_rank not in sharding.T_PER_RANK:
             raise ValueError(f"{_NAME}: t_per_rank must be one of {sharding.T_PER_RANK}, got {t_per_rank!r}")
+        if t_sampling not in T_SAMPLINGS:
+            raise ValueError(f"{_NAME}: t_sampling must be one of {T_SAMPLINGS}, got {t_sampling!r}")
         for argument, value in (("fix_start", fix_start), ("fix_end", fix_end)):
             if not isinstance(value, bool):
                 raise TypeError(f"{_NAME}: {argument} must be a bool, got {type(value).__name__}")
@@ -96,7 +105,7 @@ class Curve(nn.Module):
         template = endpoints.template_of(models, model)
         points = endpoints.weights_of(models, template)
         parameters = {n: p for n, p in tensors.named_parameters(template).items() if combined(p)}
-        self.kind, self.num_bends, self.t_per_rank = kind, num_bends, t_per_rank
+        self.kind, self.num_bends, self.t_per_rank, self.t_sampling = kind, num_bends, t_per_rank, t_sampling
         self._frozen = frozen = frozenset(n for n, p in parameters.items() if not p.requires_grad)
         trees = []
         for j in range(num_bends):
@@ -154,8 +163,11 @@ class Curve(nn.Module):
 
     def sample_t(self) -> torch.Tensor:
         """A new t from the default generator of the bends' device, agreed upon by the ranks."""
-        t = torch.rand((), device=self._bends.first().device)
-        return sharding.t_of_rank(t, self.t_per_rank)
+        t = sharding.t_of_rank(torch.rand((), device=self._bends.first().device), self.t_per_rank)
+        if self.t_sampling == "arc_length":
+            with torch.no_grad():
+                t = Geometry.of(self._bends.lists(), self.kind).quantile(t)
+        return t
 
     def l2(self, t: float | torch.Tensor | None = None) -> torch.Tensor:
         """The sum of squares of all weights at ``t``, as a differentiable scalar; None is the last forward's t.
@@ -165,19 +177,52 @@ class Curve(nn.Module):
         Raises:
             RuntimeError: t is None and there was no forward yet.
         """
-        if t is None and self._last_t is None:
-            raise RuntimeError(f"{_NAME}.l2: without t it is that of the last forward, and there was none")
-        weights = self._last_weights if t is None else None
+        weights, t = self._last_weights if t is None else None, self._known_t("l2", t)
         if weights is None:
-            weights = self.weights(self._last_t if t is None else t)
+            weights = self.weights(t)
         parts = [tensors.real(w) for w in weights.values()]
         wide = functools.reduce(torch.promote_types, {w.dtype for w in parts}, torch.float32)
         return torch.stack(torch._foreach_norm(parts, 2, dtype=wide)).square().sum()
+
+    def _known_t(self, caller: str, t: float | torch.Tensor | None) -> float | torch.Tensor:
+        if t is None and self._last_t is None:
+            raise RuntimeError(f"{_NAME}.{caller}: without t it is that of the last forward, and there was none")
+        return self._last_t if t is None else t
 
     @property
     def last_t(self) -> torch.Tensor | None:
         """The t of the last forward."""
         return self._last_t
+
+    # ---- lengths ----------------------------------------------------------------------------------------------------
+
+    def geometry(self) -> Geometry:
+        """Norms, distances and speeds as they are now, from one pass over the bends, of sharded ones by all ranks."""
+        tensors.reshard(tensors.fsdp_modules(self))
+        return Geometry.of(self._bends.lists(), self.kind)
+
+    def length(self, num_points: int | None = None) -> torch.Tensor:
+        """The curve's length over its parameters, a float64 scalar that gradients flow through.
+
+        None gives the arc length (exact for a chain, by quadrature for a bezier curve); a number that of the straight
+        lines between so many points at even steps of t, the sum of ``dl`` in :func:`losssurf_fast.evaluate_curve`.
+        """
+        points = None if num_points is None else even_points(f"{_NAME}.length", num_points)
+        geometry = self.geometry()
+        return geometry.length() if points is None else geometry.chords(points.to(geometry.gram.device)).sum()
+
+    def arc_weight(self, t: float | torch.Tensor | None = None) -> torch.Tensor:
+        """|w'(t)| / length in t's shape, float64: the density of t under which the curve's points are uniform.
+
+        ``loss_fn(curve(x), y) * curve.arc_weight()`` with uniform t has the loss by arc length as its mean, and its
+        gradient that of this loss: the weight is differentiable in the bends (not if these are sharded) and in t. None
+        is the last forward's t.
+
+        Raises:
+            RuntimeError: t is None and there was no forward yet.
+        """
+        t, geometry = check_t(f"{_NAME}.arc_weight", self._known_t("arc_weight", t)), self.geometry()
+        return geometry.arc_weight(t.to(geometry.gram.device))
 
     # ---- the network at a point -------------------------------------------------------------------------------------
 
@@ -221,6 +266,46 @@ class Curve(nn.Module):
         parameters = {n: nn.Parameter(w.detach().clone(), n not in self._frozen) for n, w in weights.items()}
         return self._places.model_with(self.module, parameters)
 
+    def predict(
+        self,
+        data: torch.Tensor | Iterable,
+        ts: Sequence[float] | torch.Tensor,
+        *,
+        bn_loader: Iterable | None = None,
+        recalibrate: bool = True,
+        subset: float | int | None = None,
+        device: torch.device | str | int | None = None,
+        forward_kwargs: Mapping | None = None,
+        process_group=None,
+    ) -> torch.Tensor:
+        """Class probabilities ``[..., classes]``: the mean of the softmax over points of the curve.
+
+        Accumulated as a log-mean-exp in float32 (float64 for float64 logits), without gradients, ``module`` in
+        ``eval()``; modes and buffers are as before afterwards.
+
+        Args:
+            data: an input of the network, or a loader, read once per point and so always in the same order, whose
+                batches are as in :func:`losssurf_fast.update_bn`; the results are concatenated along the first
+                dimension.
+            ts: the points, in [0, 1].
+            bn_loader: where the network has BatchNorm layers, the data by which :func:`losssurf_fast.update_bn` sets
+                their statistics anew at every point.
+            recalibrate: False keeps the statistics that ``module`` has.
+            subset, process_group: for update_bn; where it reduces over ranks, the failure of one is raised on all.
+            device, forward_kwargs: as in update_bn, for both loaders.
+
+        Raises:
+            RuntimeError: another rank failed.
+            TypeError, ValueError: an argument is not as above, a network with BatchNorm layers got no ``bn_loader``,
+                ``data`` can be read only once or is shuffled, or the outputs are no logits.
+        """
+        points = as_points("predict", ts)
+        how = bn_loader, recalibrate, subset, device, forward_kwargs, process_group
+        ensemble = Ensemble(self.module, "point", data, *how, self._bends.first().device)
+        ensemble.jointly(ensemble.check)
+        with restored(self.module):
+            return ensemble.mean_of_softmax(self.at(t) for t in points)
+
     def release(self) -> None:
         """Free the last forward's weights, which backward of an activation checkpoint inside the network needs."""
         self._last_weights = None
@@ -260,7 +345,8 @@ class Curve(nn.Module):
 
     def extra_repr(self) -> str:
         fixed = [j for j, bend in enumerate(self.bends) if not any(p.requires_grad for p in bend.parameters())]
-        return f"kind={self.kind!r}, num_bends={self.num_bends}, fixed={fixed}, t_per_rank={self.t_per_rank!r}"
+        how = f"t_per_rank={self.t_per_rank!r}, t_sampling={self.t_sampling!r}"
+        return f"kind={self.kind!r}, num_bends={self.num_bends}, fixed={fixed}, {how}"
 
 
 def _bend(
