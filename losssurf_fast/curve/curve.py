@@ -1,6 +1,7 @@
 """A path between networks as a module: its weights are made anew for every forward (ops/curve.py has the formulas).
 
-Source: Garipov et al., "Loss surfaces, mode connectivity, and fast ensembling of DNNs", NeurIPS 2018.
+Source: Garipov et al., "Loss surfaces, mode connectivity, and fast ensembling of DNNs", NeurIPS 2018; its code's
+checkpoints become curves in mode_connectivity.py.
 """
 
 import contextlib
