@@ -1,6 +1,7 @@
 // The kernels of one instruction set, compiled for the target that the including file has set.
 #include "averaging_kernels.h"
 #include "block_float_kernels.h"
+#include "curve_kernels.h"
 #include "kl_kernels.h"
 #include "lrt_kernels.h"
 #include "noise_kernels.h"
@@ -19,6 +20,8 @@ const Kernels LSF_ISA = {
     lerp,
     swag_collect,
     swag_sample,
+    curve_sum,
+    curve_product,
     max_magnitude,
     block_float_quantize,
     block_float_dequantize,

@@ -73,6 +73,16 @@ struct SwagParameter {
   bool past_caches;            // out is too large to be read from there
 };
 
+// One tensor of a model's weights on a curve, out = sum_j coefficients[j] bends[j]; all are of one dtype.
+struct CurveSum {
+  const void* const* bends;
+  const float* coefficients;
+  int64_t count;
+  void* out;
+  DType dtype;
+  bool past_caches;  // out is too large to be read from there
+};
+
 struct Kernels {
   const char* instruction_set;
   // out = noise; tiles in fp32 that hold whole quads of whole rows, or of one row, may be of any size
@@ -96,6 +106,10 @@ struct Kernels {
   void (*swag_collect)(float weight, bool first, int64_t n, float* mean, float* m2, Array value, Array deviation);
   // Elements [begin, begin + n) of all samples of a parameter
   void (*swag_sample)(const SwagParameter&, int64_t begin, int64_t n);
+  // Elements [begin, begin + n) of a tensor of weights
+  void (*curve_sum)(const CurveSum&, int64_t begin, int64_t n);
+  // <grad, bend> over n elements of one dtype: summed in fp32 over at most kTile, in fp64 beyond
+  double (*curve_product)(DType, int64_t n, const void* grad, const void* bend);
   // The largest |x| as bits of fp32, where NaN is above infinity
   uint32_t (*max_magnitude)(int64_t n, Array x);
   // Mantissas of at most 8 bits are int8, others int16. Rounds to the nearest where noise is null.

@@ -225,6 +225,34 @@ LSF_INLINE void* element(Matrix m, int64_t row, int64_t col) {
   return (char*)m.data + (row * m.stride + col) * (m.dtype == DType::f32 ? 4 : 2);
 }
 
+// A vector at element i of a row of dtype T, in registers all the way.
+template <DType T> LSF_INLINE Floats load_as(const void* row, ptrdiff_t i, Whole) {
+  if constexpr (T == DType::f32) return load((const float*)row + i);
+  else if constexpr (T == DType::bf16) return from_bfloat((const uint16_t*)row + i);
+  else return from_half((const uint16_t*)row + i);
+}
+template <DType T> LSF_INLINE Floats load_as(const void* row, ptrdiff_t i, Part part) {
+  if constexpr (T == DType::f32) return load((const float*)row + i, part);
+  else {
+    uint16_t padded[kLanes] = {};
+    memcpy(padded, (const uint16_t*)row + i, 2 * part.n);
+    return load_as<T>(padded, 0, Whole{});
+  }
+}
+template <DType T> LSF_INLINE void store_as(void* row, ptrdiff_t i, Floats x, Whole) {
+  if constexpr (T == DType::f32) store((float*)row + i, x);
+  else if constexpr (T == DType::bf16) to_bfloat(x, (uint16_t*)row + i);
+  else to_half(x, (uint16_t*)row + i);
+}
+template <DType T> LSF_INLINE void store_as(void* row, ptrdiff_t i, Floats x, Part part) {
+  if constexpr (T == DType::f32) store((float*)row + i, x, part);
+  else {
+    uint16_t padded[kLanes];
+    store_as<T>(padded, 0, x, Whole{});
+    memcpy((uint16_t*)row + i, padded, 2 * part.n);
+  }
+}
+
 // A row stored in any dtype, as fp32: the row itself, or its copy in scratch.
 LSF_INLINE const float* widen(DType t, const void* row, ptrdiff_t n, float* scratch) {
   if (t == DType::f32) return (const float*)row;

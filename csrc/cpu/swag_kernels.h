@@ -38,20 +38,6 @@ constexpr int kSwagGroup = 6;
 template <int Samples> constexpr int kSwagWidth = Samples == 1 ? 8 : kLanes == 16 ? 4 : 2;
 constexpr ptrdiff_t kSwagNoise = kSwagPiece + 16;  // noise starts inside a quad and ends with a whole one
 
-template <DType T> LSF_INLINE Floats load_column(const void* column, ptrdiff_t i, Whole) {
-  if constexpr (T == DType::f32) return load((const float*)column + i);
-  else if constexpr (T == DType::bf16) return from_bfloat((const uint16_t*)column + i);
-  else return from_half((const uint16_t*)column + i);
-}
-template <DType T> LSF_INLINE Floats load_column(const void* column, ptrdiff_t i, Part part) {
-  if constexpr (T == DType::f32) return load((const float*)column + i, part);
-  else {
-    uint16_t padded[kLanes] = {};
-    memcpy(padded, (const uint16_t*)column + i, 2 * part.n);
-    return load_column<T>(padded, 0, Whole{});
-  }
-}
-
 // What the vectors of a piece share: its first element, and each sample's coefficients, noise and results.
 template <int Samples> struct SwagPiece {
   int64_t begin;
@@ -71,7 +57,7 @@ LSF_INLINE void sample_vectors(const SwagParameter& p, const SwagPiece<Samples>&
     Floats d[Width];
 #pragma GCC unroll 8
     for (int v = 0; v < Width; ++v) {
-      d[v] = load_column<T>(column, v * kLanes, extent);
+      d[v] = load_as<T>(column, v * kLanes, extent);
       if (Samples == 1) __builtin_prefetch(column + (v * kLanes + kAhead) * kSize);
     }
 #pragma GCC unroll 8

@@ -25,7 +25,7 @@ from collections.abc import Sequence
 import torch
 from torch.nn import functional as F
 
-from losssurf_fast._library import composite_needed, define, explain_missing, register_autograd
+from losssurf_fast._library import composite_backward, composite_needed, define, explain_missing, register_autograd
 from losssurf_fast.ops.averaging import NO_CUDA, as_tensors
 from losssurf_fast.ops.noise import fma
 
@@ -112,28 +112,38 @@ def curve_weights_reference(bends, coefficients):
 
 
 def curve_weights_backward_reference(grads, bends, coefficients, needed, need_coefficients):
-    """Gradients of the bends where ``needed``, in their order, and of the coefficients at the end where that is."""
+    """Gradients of the bends where ``needed``, in their order, and of the coefficients at the end where that is.
+
+    ``needed`` has a flag for every bend's every tensor; ``bends`` may be empty where the coefficients need no gradient.
+    """
+    _check_curve_weights_backward(grads, bends, coefficients, needed, need_coefficients)
     size = len(grads)
     result = []
-    for i, bend in enumerate(bends):
-        if needed[i]:
-            wide = torch.promote_types(bend.dtype, torch.float32)
-            result.append((grads[i % size].to(wide) * coefficients[i // size].to(wide)).to(bend.dtype))
+    for i, need in enumerate(needed):
+        if need:
+            grad = grads[i % size]
+            wide = torch.promote_types(grad.dtype, torch.float32)
+            result.append((grad.to(wide) * coefficients[i // size].to(wide)).to(grad.dtype))
     if need_coefficients:
-        sums = coefficients.new_zeros(len(coefficients), dtype=torch.float64)
-        for i, bend in enumerate(bends):
-            sums[i // size] += (grads[i % size].double() * bend.double()).sum()
-        result.append(sums.to(coefficients.dtype))
+        sums = [
+            torch.stack([(g.double() * w.double()).sum() for g, w in zip(grads, bends[j : j + size], strict=True)])
+            for j in range(0, len(bends), size)
+        ]
+        result.append(torch.stack([s.sum() for s in sums]).to(coefficients.dtype))
     return result
+
+
+def _check_coefficients(name: str, coefficients) -> None:
+    if coefficients.dim() != 1 or coefficients.numel() < 1:
+        raise ValueError(f"{name}: coefficients must be [K], one for each bend, got {tuple(coefficients.shape)}")
+    if coefficients.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{name}: coefficients must be float32 or float64, got {coefficients.dtype}")
 
 
 def _check_curve_weights(bends, coefficients) -> None:
     """Refuse what the kernels cannot combine. The C++ kernels check the same, in the same words."""
     name = "curve_weights"
-    if coefficients.dim() != 1 or coefficients.numel() < 1:
-        raise ValueError(f"{name}: coefficients must be [K], one for each bend, got {tuple(coefficients.shape)}")
-    if coefficients.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"{name}: coefficients must be float32 or float64, got {coefficients.dtype}")
+    _check_coefficients(name, coefficients)
     count = len(coefficients)
     if len(bends) % count:
         raise ValueError(f"{name}: bends must be {count} lists of equal length, got {len(bends)} tensors")
@@ -154,6 +164,33 @@ def _check_curve_weights(bends, coefficients) -> None:
             )
 
 
+def _check_curve_weights_backward(grads, bends, coefficients, needed, need_coefficients) -> None:
+    """As :func:`_check_curve_weights`."""
+    name, size = "curve_weights_backward", len(grads)
+    _check_coefficients(name, coefficients)
+    total = size * len(coefficients)
+    if len(needed) != total:
+        raise ValueError(f"{name}: needed must hold {total} flags, got {len(needed)}")
+    if len(bends) != total and (len(bends) or need_coefficients):
+        raise ValueError(f"{name}: bends must hold {total} tensors, got {len(bends)}")
+    for p, grad in enumerate(grads):
+        if grad.dtype not in CURVE_DTYPES:
+            raise TypeError(f"{name}: grads[{p}] must have a floating dtype of {CURVE_DTYPES}, got {grad.dtype}")
+        if grad.device != coefficients.device:
+            raise ValueError(
+                f"{name}: grads[{p}] must be on the coefficients' {coefficients.device}, got {grad.device}"
+            )
+        for bend in bends[p::size]:
+            if bend.dtype != grad.dtype:
+                raise TypeError(f"{name}: grads[{p}] must be {bend.dtype} as its bends, got {grad.dtype}")
+            if bend.shape != grad.shape:
+                raise ValueError(
+                    f"{name}: grads[{p}] must have its bends' shape {tuple(bend.shape)}, got {tuple(grad.shape)}"
+                )
+            if bend.device != grad.device:
+                raise ValueError(f"{name}: grads[{p}] must be on its bends' {bend.device}, got {grad.device}")
+
+
 # ---- operators ------------------------------------------------------------------------------------------------------
 
 
@@ -163,7 +200,9 @@ def _curve_weights_fake(bends, coefficients):
 
 
 def _curve_weights_backward_fake(grads, bends, coefficients, needed, need_coefficients):
-    result = [torch.empty_like(b) for b, need in zip(bends, needed, strict=True) if need]
+    _check_curve_weights_backward(grads, bends, coefficients, needed, need_coefficients)
+    like, size = bends or grads, len(grads)
+    result = [torch.empty_like(like[i % size]) for i, need in enumerate(needed) if need]
     return [*result, torch.empty_like(coefficients)] if need_coefficients else result
 
 
@@ -181,22 +220,33 @@ define(
 explain_missing("cuda", NO_CUDA, "curve_weights", "curve_weights_backward")  # where it has, this is not asked
 
 
-def _curve_weights_setup(ctx, inputs, output):
-    bends, coefficients = inputs
-    ctx.save_for_backward(*bends, coefficients)
+# The autograd formula of curve_weights is csrc/curve_autograd.cpp. This is that of its gradients, for double backward.
 
 
-def _curve_weights_autograd(ctx, grads):
-    *bends, coefficients = ctx.saved_tensors
-    needed, need_coefficients = [bool(n) for n in ctx.needs_input_grad[0]], bool(ctx.needs_input_grad[1])
-    op = torch.ops.losssurf_fast.curve_weights_backward.default
-    found = op(list(grads), bends, coefficients, needed, need_coefficients)
-    grad_coefficients = found.pop() if need_coefficients else None
-    found = iter(found)
-    return [next(found) if need else None for need in needed], grad_coefficients
+def _curve_weights_backward_setup(ctx, inputs, output):
+    grads, bends, coefficients, needed, need_coefficients = inputs
+    ctx.save_for_backward(*grads, *bends, coefficients)
+    ctx.num_grads, ctx.rest = len(grads), (needed, need_coefficients)
 
 
-register_autograd("curve_weights", _curve_weights_autograd, _curve_weights_setup)
+def _curve_weights_backward_autograd(ctx, outgoing):
+    *lists, coefficients = ctx.saved_tensors
+    needs_grads, needs_bends, needs_coefficients, *_ = ctx.needs_input_grad
+    size, (needed, need_coefficients) = ctx.num_grads, ctx.rest
+
+    def formula(*inputs):
+        *lists, coefficients = inputs
+        found = curve_weights_backward_reference(lists[:size], lists[size:], coefficients, needed, need_coefficients)
+        return [f for f, out in zip(found, outgoing, strict=True) if out is not None]
+
+    wanted = [*needs_grads, *needs_bends, needs_coefficients]
+    *found, coefficients = composite_backward(
+        formula, (*lists, coefficients), [out for out in outgoing if out is not None], wanted
+    )
+    return found[:size], found[size:], coefficients, None, None
+
+
+register_autograd("curve_weights_backward", _curve_weights_backward_autograd, _curve_weights_backward_setup)
 
 # ---- public function ------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,152 @@
+// CPU kernels of curve_weights: ops/curve.py has the contract. One parallel region covers a whole model's tensors.
+#include <ATen/ATen.h>
+#include <torch/library.h>
+
+#include <vector>
+
+#include "../curve_checks.h"
+#include "../curve_math.h"
+#include "arena.h"
+#include "tiles.h"
+
+namespace losssurf {
+namespace {
+
+using at::Tensor;
+
+constexpr int64_t kChunk = 4 * kTile;      // elements of a kernel call
+constexpr int64_t kLargeOutput = 4 << 20;  // bytes; a reader would not find the first of them in an inner cache
+
+// Coefficients as both the fp32 kernels and the fp64 loops want them.
+struct Coefficients {
+  std::vector<double> wide;
+  std::vector<float> narrow;
+
+  static Coefficients of(const Tensor& coefficients) {
+    const Tensor c = coefficients.to(at::kDouble).contiguous();
+    const double* values = c.const_data_ptr<double>();
+    return {{values, values + c.numel()}, {values, values + c.numel()}};
+  }
+};
+
+bool past_caches(const std::vector<Tensor>& outputs) {
+  size_t bytes = 0;
+  for (const Tensor& t : outputs) bytes += t.nbytes();
+  return bytes >= kLargeOutput;
+}
+
+void sum_double(const CurveSum& sum, const double* coefficients, int64_t begin, int64_t n) {
+  double* out = static_cast<double*>(sum.out);
+  for (int64_t i = begin; i < begin + n; ++i) {
+    const auto bend = [&](int64_t j) { return static_cast<const double*>(sum.bends[j])[i]; };
+    double total = sum.count ? curve_first(bend(0), coefficients[0]) : 0;
+    for (int64_t j = 1; j < sum.count; ++j) total = curve_next(total, bend(j), coefficients[j]);
+    out[i] = total;
+  }
+}
+
+// Elements of a chunk of `out`; the coefficients are those of its bends.
+void sum_chunk(const Tensor& out, const void* const* bends, int64_t count, const double* wide, const float* narrow,
+               bool past, const Chunk& chunk) {
+  CurveSum sum{bends, narrow, count, out.data_ptr(), DType::f32, past};
+  if (out.scalar_type() == at::kDouble) return sum_double(sum, wide, chunk.begin, chunk.n);
+  sum.dtype = dtype_of(out);
+  kernels().curve_sum(sum, chunk.begin, chunk.n);
+}
+
+std::vector<Tensor> curve_weights_cpu(at::TensorList bends, const Tensor& coefficients) {
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  const size_t size = check_curve_weights(bends, coefficients);
+  const Coefficients all = Coefficients::of(coefficients);
+  Coefficients read;  // those of the bends that are read
+  std::vector<size_t> places;
+  for (size_t j = 0; j < all.wide.size(); ++j)
+    if (all.wide[j] != 0) {
+      places.push_back(j * size);
+      read.wide.push_back(all.wide[j]), read.narrow.push_back(all.narrow[j]);
+    }
+  std::vector<Layout> layouts;
+  layouts.reserve(size);
+  for (size_t p = 0; p < size; ++p) layouts.push_back(Layout::like(bends[p]));
+  std::vector<Tensor> out = empty_together(layouts), copies;
+  std::vector<const void*> sources;  // [P, bends that are read]
+  sources.reserve(size * places.size());
+  for (size_t p = 0; p < size; ++p)
+    for (const size_t place : places) {
+      const Tensor& bend = bends[place + p];
+      if (!layouts[p].is_of(bend)) copies.push_back(layouts[p].arrange(bend));
+      sources.push_back((layouts[p].is_of(bend) ? bend : copies.back()).const_data_ptr());
+    }
+  const bool past = past_caches(out);
+  const size_t count = places.size();
+  for_chunks(chunks_of(out, kChunk), 1, [&](const Chunk& chunk, int64_t) {
+    const size_t p = chunk.index;
+    sum_chunk(out[p], sources.data() + p * count, count, read.wide.data(), read.narrow.data(), past, chunk);
+  });
+  return out;
+}
+
+double product_double(int64_t n, const double* grad, const double* bend) {
+  double sum = 0;
+  for (int64_t i = 0; i < n; ++i) sum = curve_dot(sum, grad[i], bend[i]);
+  return sum;
+}
+
+std::vector<Tensor> curve_weights_backward_cpu(at::TensorList grads_in, at::TensorList bends_in,
+                                               const Tensor& coefficients, const c10::List<bool>& needed,
+                                               bool need_coefficients) {
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  const size_t size =
+      check_curve_weights_backward(grads_in, bends_in, coefficients, needed.size(), need_coefficients);
+  const Coefficients all = Coefficients::of(coefficients);
+  const size_t count = all.wide.size();
+  std::vector<Layout> layouts, wanted;
+  layouts.reserve(size), wanted.reserve(needed.size());
+  for (size_t p = 0; p < size; ++p) layouts.push_back(Layout::like(bends_in.empty() ? grads_in[p] : bends_in[p]));
+  std::vector<int64_t> places(needed.size(), -1);  // of a bend's gradient in the result
+  for (size_t i = 0; i < needed.size(); ++i)
+    if (needed[i]) {
+      places[i] = static_cast<int64_t>(wanted.size());
+      wanted.push_back(layouts[i % size]);
+    }
+  std::vector<Tensor> result = empty_together(wanted), grads, bends;
+  grads.reserve(size);
+  for (size_t p = 0; p < size; ++p) grads.push_back(layouts[p].arrange(grads_in[p]));
+  if (need_coefficients)
+    for (size_t i = 0; i < bends_in.size(); ++i) bends.push_back(layouts[i % size].arrange(bends_in[i]));
+
+  const bool past = past_caches(result);
+  const std::vector<Chunk> chunks = chunks_of(grads, kChunk);
+  std::vector<double> products(chunks.size() * bends.size() / std::max<size_t>(size, 1));  // [chunks, K]
+  for_chunks(chunks, 1, [&](const Chunk& chunk, int64_t number) {
+    const size_t p = chunk.index;
+    const void* grad = grads[p].const_data_ptr();
+    for (size_t j = 0; j < count; ++j) {
+      const size_t i = j * size + p;
+      if (places[i] >= 0) sum_chunk(result[places[i]], &grad, 1, &all.wide[j], &all.narrow[j], past, chunk);
+      if (!need_coefficients) continue;
+      double& product = products[number * count + j];
+      if (grads[p].scalar_type() == at::kDouble)
+        product = product_double(chunk.n, grads[p].const_data_ptr<double>() + chunk.begin,
+                                 bends[i].const_data_ptr<double>() + chunk.begin);
+      else
+        product = kernels().curve_product(dtype_of(grads[p]), chunk.n, array_of(grads[p], chunk.begin).data,
+                                          array_of(bends[i], chunk.begin).data);
+    }
+  });
+  if (need_coefficients) {
+    const Tensor sums = at::zeros({static_cast<int64_t>(count)}, at::kDouble);
+    double* sum = sums.mutable_data_ptr<double>();
+    for (size_t k = 0; k < products.size(); ++k) sum[k % count] += products[k];
+    result.push_back(sums.to(coefficients.scalar_type()));
+  }
+  return result;
+}
+
+}  // namespace
+}  // namespace losssurf
+
+TORCH_LIBRARY_IMPL(losssurf_fast, CPU, m) {
+  m.impl("curve_weights", &losssurf::curve_weights_cpu);
+  m.impl("curve_weights_backward", &losssurf::curve_weights_backward_cpu);
+}
