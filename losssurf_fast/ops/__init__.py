@@ -14,6 +14,7 @@ from losssurf_fast.ops.swag import swag_collect_, swag_sample
 
 if importlib.util.find_spec("triton"):
     from losssurf_fast.ops import (  # noqa: F401
+        curve_linear_triton,
         kl_triton,
         lrt_linear_backward_triton,
         lrt_linear_triton,
