@@ -1,7 +1,6 @@
 """Samples of curve_linear for its test files."""
 
 import torch
-
 from common import F32
 
 

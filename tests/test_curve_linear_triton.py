@@ -13,7 +13,7 @@ from losssurf_fast.ops.lrt_strategy import Tile, shared_memory
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from losssurf_fast.ops import curve_linear_triton  # noqa: E402
+from losssurf_fast.ops import curve_linear_triton
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"

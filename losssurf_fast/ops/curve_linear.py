@@ -21,8 +21,8 @@ half-precision operands in fp32, it rounds them not at all. Bends whose coeffici
 backward: the inputs, nothing else; backward combines the weight anew.
 
 Floor for few rows: the K O I elements of the bends are read once, where synthesising the weight first writes and reads
-O I more. Which of the two runs is chosen by the rows alone: ``csrc/cpu/curve_linear.cpp`` and ``curve_linear_triton.py``
-have the rules.
+O I more. Which of the two runs is chosen by the rows and dtype: ``csrc/cpu/curve_linear.cpp`` has the rule, and
+``curve_linear_triton.py`` that of GPUs.
 """
 
 import math
@@ -46,7 +46,7 @@ def wide_dtype(x: torch.Tensor) -> torch.dtype:
 
 @without_autocast
 def curve_linear_reference(x, bends, coefficients, biases) -> torch.Tensor:
-    """y ``[M, O]`` for x ``[M, I]``, bends K of ``[O, I]``, coefficients ``[K]`` or ``[M, K]`` and no, one or K biases."""
+    """y ``[M, O]`` for x ``[M, I]``, K bends ``[O, I]``, coefficients ``[K]`` or ``[M, K]`` and no, one or K biases."""
     wide = wide_dtype(x)
     c = coefficients.to(wide)
     if coefficients.dim() == 1:
@@ -89,7 +89,7 @@ def curve_linear_backward_reference(
         if need_bends[j]:
             dw = (g * c[:, j, None]).to(x.dtype).t() @ x if per_row else outer * c[j]
             result.append(dw.to(bend.dtype))
-    totals = g.sum(0)
+    totals = g.sum(0)  # [O]
     if need_coefficients:
         if per_row:
             dc = torch.stack([(p * x.to(wide)).sum(1, dtype=torch.float64) for p in pulled], dim=1)
@@ -101,9 +101,8 @@ def curve_linear_backward_reference(
         result.append(dc.to(coefficients.dtype))
     for j, bias in enumerate(biases):
         if need_biases[j]:
-            if len(biases) == 1:
-                db = totals
-            else:
+            db = totals
+            if len(biases) > 1:
                 db = c[:, j] @ g if per_row else totals * c[j]
             result.append(db.to(bias.dtype))
     return result

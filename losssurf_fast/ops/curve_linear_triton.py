@@ -1,7 +1,7 @@
 """GPU kernels of ``curve_linear``: at few rows one Triton kernel that combines the weight in registers.
 
-``fused`` chooses. Few rows: a tile of the weight is summed over the bends in registers (fp32 fma in their order, rounded
-to x's dtype) and multiplied there, so that the bends are read once; with a t for each row there is an accumulator for
+``fused`` chooses. Few rows: a tile of the weight is summed over the bends in registers (fp32 fma in order, rounded to
+x's dtype) and multiplied there, so that the bends are read once; with a t for each row there is an accumulator for
 one bend at a time, which is scaled and added. More rows, and backward: ``curve_weights`` and the library's GEMMs, whose
 rate nothing of ours beats where the product takes longer than the bends' bytes. fp64 and more than 8 bends take the
 reference or those GEMMs too.
@@ -38,11 +38,7 @@ def load_bend(bend_ptr, coefficient, offs, mask_k, EVEN_K: tl.constexpr):
 
 @triton.jit
 def load_x(x_ptrs, mask_k, EVEN_K: tl.constexpr):
-    if EVEN_K:
-        tile = tl.load(x_ptrs)
-    else:
-        tile = tl.load(x_ptrs, mask=mask_k, other=0.0)
-    return tile
+    return tl.load(x_ptrs) if EVEN_K else tl.load(x_ptrs, mask=mask_k, other=0.0)
 
 
 @triton.jit
