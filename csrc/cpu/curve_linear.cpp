@@ -19,9 +19,9 @@ namespace losssurf {
 
 // Measured with 3 bends, from 512 x 512 to 4096 x 4096 weights. In half precision the library's products leave little
 // time for the rest.
-bool curve_linear_on_the_fly(int64_t rows, at::ScalarType dtype) {
-  if (dtype == at::kDouble) return false;
-  return rows <= (dtype == at::kFloat ? 64 : 16);
+bool curve_linear_on_the_fly(int64_t rows, int64_t element_size) {
+  if (element_size == 8) return false;  // the kernels have fp32 lanes
+  return rows <= (element_size == 4 ? 64 : 16);
 }
 
 namespace {
@@ -180,7 +180,7 @@ Tensor backward_on_the_fly(const Tensor& grad, const Tensor& x, TensorList bend_
   const int64_t padded = round_up(inputs, kColumns) + kColumns;  // rows of a power of two would share cache sets
   Scratch scratch;
   const auto options = x.options().dtype(at::kFloat);
-  const Tensor g = scratch.cast(grad, at::kFloat);
+  const Tensor gt = scratch.empty({outputs, rows}, options).copy_(grad.t());  // a block of outputs is in one piece
   const Tensor xs = scratch.empty({rows, padded}, options), dx = scratch.empty({rows, padded}, options);
   const bool need_x = grad_x.defined();
   bool need_outer = need_coefficients;
@@ -196,7 +196,7 @@ Tensor backward_on_the_fly(const Tensor& grad, const Tensor& x, TensorList bend_
   const Bends bends(bend_list, coefficients);
   const int64_t count = bends.count(), strips = (inputs + kBackwardCols - 1) / kBackwardCols;
   const bool past_caches = bytes >= kLargeOutput;
-  const float* gp = g.const_data_ptr<float>();
+  const float* gp = gt.const_data_ptr<float>();
   const float* xp = xs.const_data_ptr<float>();
   float* dxp = dx.mutable_data_ptr<float>();
   // Summed in order of the strips, so that threads do not matter.
@@ -223,13 +223,13 @@ Tensor backward_on_the_fly(const Tensor& grad, const Tensor& x, TensorList bend_
             std::fill(w + n, w + wide, 0.0f);
           }
           kernels().small_product(
-              {rows, wide, size, gp + row, outputs, 1, buffer.data(), kStride, dxp + col, padded}, ahead);
+              {rows, wide, size, gp + row * rows, 1, rows, buffer.data(), kStride, dxp + col, padded}, ahead);
           ahead.count = 0;
         }
         if (!need_outer) continue;
         std::fill(buffer.begin(), buffer.end(), 0.0f);
         kernels().small_product(
-            {size, wide, rows, gp + row, 1, outputs, xp + col, padded, buffer.data(), kStride}, ahead);
+            {size, wide, rows, gp + row * rows, rows, 1, xp + col, padded, buffer.data(), kStride}, ahead);
         for (int64_t r = 0; r < size; ++r) {
           const void* outer = buffer.data() + r * kStride;
           const Array of_row{buffer.data() + r * kStride, DType::f32};
@@ -256,7 +256,7 @@ Tensor curve_linear_cpu(const Tensor& x, TensorList bends, const Tensor& coeffic
   check_shapes("curve_linear", x, bends, coefficients, biases);
   const auto dtype = x.scalar_type(), wide = wide_dtype(x);
   const bool per_row = coefficients.dim() == 2;
-  if (!per_row && x.numel() > 0 && bends[0].numel() > 0 && curve_linear_on_the_fly(x.size(0), dtype))
+  if (!per_row && x.numel() > 0 && bends[0].numel() > 0 && curve_linear_on_the_fly(x.size(0), x.element_size()))
     return forward_on_the_fly(x, bends, coefficients, biases);
   Scratch scratch;
   const Tensor c = coefficients.to(wide);
@@ -308,7 +308,7 @@ std::vector<Tensor> curve_linear_backward_cpu(const Tensor& grad_in, const Tenso
       if (need_bends[j]) grad_bends[j] = gemm((g * cj).to(dtype).t(), x).to(bends[j].scalar_type());
     }
     if (need_x) grad_x = grad_x.to(dtype);
-  } else if (x.numel() > 0 && bends[0].numel() > 0 && curve_linear_on_the_fly(x.size(0), dtype)) {
+  } else if (x.numel() > 0 && bends[0].numel() > 0 && curve_linear_on_the_fly(x.size(0), x.element_size())) {
     if (need_x) grad_x = at::empty(x.sizes(), x.options());
     for (size_t j = 0; j < bends.size(); ++j)
       if (need_bends[j]) grad_bends[j] = at::empty(bends[j].sizes(), bends[j].options());
