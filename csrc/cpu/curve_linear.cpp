@@ -17,10 +17,11 @@
 
 namespace losssurf {
 
-// Measured with 3 bends, from 512 x 512 to 4096 x 4096 weights. In half precision the library's products leave little
-// time for the rest.
-bool curve_linear_on_the_fly(int64_t rows, int64_t element_size) {
-  if (element_size == 8) return false;  // the kernels have fp32 lanes
+// Measured with 3 bends. A smaller weight stays in the L2 cache, where writing it costs nothing; in half precision the
+// library's products of many rows are faster by more than that costs.
+bool curve_linear_on_the_fly(int64_t rows, int64_t numel, int64_t element_size) {
+  constexpr int64_t kSmallWeight = 2 << 20;  // bytes
+  if (element_size == 8 || numel * element_size <= kSmallWeight) return false;  // the kernels have fp32 lanes
   return rows <= (element_size == 4 ? 64 : 16);
 }
 
@@ -31,7 +32,7 @@ using at::TensorList;
 
 constexpr int64_t kRowGroup = 12;       // rows of the weight that are combined at once in forward
 constexpr int64_t kForwardCols = 4096;  // of them at once: x^T and the buffer stay in L2
-constexpr int64_t kBackwardRows = 48, kBackwardCols = 512;
+constexpr int64_t kBackwardRows = 48, kBackwardCols = 2048;  // likewise in backward
 constexpr int64_t kLargeOutput = 4 << 20;  // bytes; a reader would not find the first of them in an inner cache
 
 struct KernelScope {
@@ -111,14 +112,8 @@ class Bends {
     kernels().curve_sum({read_.data(), read_coefficients_.data(), static_cast<int64_t>(read_.size()), dtype_,
                          {out, DType::f32}, false}, row * cols_ + col, n);
   }
-  // Appends where these columns lie, for Ahead.
-  void append_pieces(int64_t row, int64_t col, std::vector<const void*>& pieces) const {
-    for (const void* bend : read_)
-      pieces.push_back(static_cast<const char*>(bend) + (row * cols_ + col) * element_size());
-  }
   Array at(size_t j, int64_t row, int64_t col) const { return array_of(tensors_[j], row * cols_ + col); }
   float coefficient(size_t j) const { return coefficients_[j]; }
-  int64_t element_size() const { return tensors_[0].element_size(); }
   size_t count() const { return tensors_.size(); }
 
  private:
@@ -150,20 +145,14 @@ Tensor forward_on_the_fly(const Tensor& x, TensorList bend_list, const Tensor& c
   float* c = yt.mutable_data_ptr<float>();
   at::parallel_for(0, (outputs + kRowGroup - 1) / kRowGroup, 1, [&](int64_t begin, int64_t end) {
     std::vector<float> buffer(kRowGroup * stride);
-    std::vector<const void*> pieces;
     for (int64_t col = 0; col < inputs; col += width) {
       const int64_t n = std::min(width, inputs - col);
       for (int64_t group = begin; group < end; ++group) {
         const int64_t row = group * kRowGroup, count = std::min(kRowGroup, outputs - row);
         for (int64_t r = 0; r < count; ++r) bends.combine(row + r, col, n, buffer.data() + r * stride);
-        pieces.clear();
-        if (group + 1 < end)
-          for (int64_t r = row + kRowGroup; r < std::min(outputs, row + 2 * kRowGroup); ++r)
-            bends.append_pieces(r, col, pieces);
-        const Ahead ahead{pieces.data(), static_cast<int64_t>(pieces.size()), n * bends.element_size()};
         // All rows of the group, so that no smaller tiles are needed: those past the end are not read.
         kernels().small_product({kRowGroup, lanes, n, buffer.data(), stride, 1, b + col * lanes, lanes, c + row * lanes,
-                                 lanes}, ahead);
+                                 lanes});
       }
     }
   });
@@ -194,7 +183,9 @@ Tensor backward_on_the_fly(const Tensor& grad, const Tensor& x, TensorList bend_
   if (need_x) dx.zero_();
 
   const Bends bends(bend_list, coefficients);
-  const int64_t count = bends.count(), strips = (inputs + kBackwardCols - 1) / kBackwardCols;
+  // Two strips at least where they are not too narrow to be read fast.
+  const int64_t strip_cols = std::clamp<int64_t>(round_up(inputs / 2, kColumns), kBackwardCols / 4, kBackwardCols);
+  const int64_t count = bends.count(), strips = (inputs + strip_cols - 1) / strip_cols;
   const bool past_caches = bytes >= kLargeOutput;
   const float* gp = gt.const_data_ptr<float>();
   const float* xp = xs.const_data_ptr<float>();
@@ -203,36 +194,29 @@ Tensor backward_on_the_fly(const Tensor& grad, const Tensor& x, TensorList bend_
   const Tensor products = at::zeros({strips, count}, at::kDouble);
   double* sums = products.mutable_data_ptr<double>();
   at::parallel_for(0, strips, 1, [&](int64_t begin, int64_t end) {
-    constexpr int64_t kStride = kBackwardCols + kColumns;
-    std::vector<float> buffer(kBackwardRows * kStride);
-    std::vector<const void*> pieces;
+    const int64_t stride = strip_cols + kColumns;
+    std::vector<float> buffer(kBackwardRows * stride);
     for (int64_t strip = begin; strip < end; ++strip) {
-      const int64_t col = strip * kBackwardCols, n = std::min(kBackwardCols, inputs - col);
+      const int64_t col = strip * strip_cols, n = std::min(strip_cols, inputs - col);
       const int64_t wide = round_up(n, kColumns);
       for (int64_t row = 0; row < outputs; row += kBackwardRows) {
         const int64_t size = std::min(kBackwardRows, outputs - row);
-        pieces.clear();
-        if (need_x || need_coefficients)
-          for (int64_t r = row + size; r < std::min(outputs, row + size + kBackwardRows); ++r)
-            bends.append_pieces(r, col, pieces);
-        Ahead ahead{pieces.data(), static_cast<int64_t>(pieces.size()), n * bends.element_size()};
         if (need_x) {
           for (int64_t r = 0; r < size; ++r) {
-            float* w = buffer.data() + r * kStride;
+            float* w = buffer.data() + r * stride;
             bends.combine(row + r, col, n, w);
             std::fill(w + n, w + wide, 0.0f);
           }
           kernels().small_product(
-              {rows, wide, size, gp + row * rows, 1, rows, buffer.data(), kStride, dxp + col, padded}, ahead);
-          ahead.count = 0;
+              {rows, wide, size, gp + row * rows, 1, rows, buffer.data(), stride, dxp + col, padded});
         }
         if (!need_outer) continue;
         std::fill(buffer.begin(), buffer.end(), 0.0f);
         kernels().small_product(
-            {size, wide, rows, gp + row * rows, rows, 1, xp + col, padded, buffer.data(), kStride}, ahead);
+            {size, wide, rows, gp + row * rows, rows, 1, xp + col, padded, buffer.data(), stride});
         for (int64_t r = 0; r < size; ++r) {
-          const void* outer = buffer.data() + r * kStride;
-          const Array of_row{buffer.data() + r * kStride, DType::f32};
+          const void* outer = buffer.data() + r * stride;
+          const Array of_row{buffer.data() + r * stride, DType::f32};
           for (int64_t j = 0; j < count; ++j) {
             if (need_coefficients)
               sums[strip * count + j] += kernels().curve_product(n, of_row, bends.at(j, row + r, col));
@@ -256,7 +240,7 @@ Tensor curve_linear_cpu(const Tensor& x, TensorList bends, const Tensor& coeffic
   check_shapes("curve_linear", x, bends, coefficients, biases);
   const auto dtype = x.scalar_type(), wide = wide_dtype(x);
   const bool per_row = coefficients.dim() == 2;
-  if (!per_row && x.numel() > 0 && bends[0].numel() > 0 && curve_linear_on_the_fly(x.size(0), x.element_size()))
+  if (!per_row && x.numel() > 0 && curve_linear_on_the_fly(x.size(0), bends[0].numel(), x.element_size()))
     return forward_on_the_fly(x, bends, coefficients, biases);
   Scratch scratch;
   const Tensor c = coefficients.to(wide);
@@ -308,7 +292,7 @@ std::vector<Tensor> curve_linear_backward_cpu(const Tensor& grad_in, const Tenso
       if (need_bends[j]) grad_bends[j] = gemm((g * cj).to(dtype).t(), x).to(bends[j].scalar_type());
     }
     if (need_x) grad_x = grad_x.to(dtype);
-  } else if (x.numel() > 0 && bends[0].numel() > 0 && curve_linear_on_the_fly(x.size(0), x.element_size())) {
+  } else if (x.numel() > 0 && curve_linear_on_the_fly(x.size(0), bends[0].numel(), x.element_size())) {
     if (need_x) grad_x = at::empty(x.sizes(), x.options());
     for (size_t j = 0; j < bends.size(); ++j)
       if (need_bends[j]) grad_bends[j] = at::empty(bends[j].sizes(), bends[j].options());

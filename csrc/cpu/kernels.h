@@ -96,12 +96,6 @@ struct SmallProduct {
 };
 constexpr int64_t kColumns = 16;
 
-// Memory that will be read next: `count` pieces of `bytes` each.
-struct Ahead {
-  const void* const* pieces;
-  int64_t count, bytes;
-};
-
 struct Kernels {
   const char* instruction_set;
   // out = noise; tiles in fp32 that hold whole quads of whole rows, or of one row, may be of any size
@@ -129,8 +123,8 @@ struct Kernels {
   void (*curve_sum)(const CurveSum&, int64_t begin, int64_t n);
   // <grad, bend> over n elements, grad in fp32 or in bend's dtype: summed in fp32 over at most kTile, in fp64 beyond
   double (*curve_product)(int64_t n, Array grad, Array bend);
-  // c += a b, in fp32, for few rows of c; reads `ahead` into the L2 cache meanwhile
-  void (*small_product)(const SmallProduct&, const Ahead& ahead);
+  // c += a b, in fp32
+  void (*small_product)(const SmallProduct&);
   // The largest |x| as bits of fp32, where NaN is above infinity
   uint32_t (*max_magnitude)(int64_t n, Array x);
   // Mantissas of at most 8 bits are int8, others int16. Rounds to the nearest where noise is null.
