@@ -16,6 +16,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.autograd.graph import _engine_run_backward
+from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from benchmarks import cases as catalogue
@@ -63,20 +65,26 @@ class Step:
     def __init__(self, function: Callable, inputs: tuple, mode: str):
         self.function, self.inputs, self.mode = function, inputs, mode
         parameters = function.parameters() if isinstance(function, nn.Module) else ()
-        tensors = (t for t in (*inputs, *parameters) if isinstance(t, torch.Tensor))
+        tensors = (t for t in (*tree_leaves(inputs), *parameters) if isinstance(t, torch.Tensor))
         self.wanted = [t for t in tensors if t.requires_grad]
         self.grad = None
 
-    def output(self) -> torch.Tensor:
+    def output(self) -> torch.Tensor | Sequence[torch.Tensor]:
         return self.function(*self.inputs)
 
-    def differentiate(self, output: torch.Tensor) -> None:
-        torch.autograd.grad(output, self.wanted, self.grad, allow_unused=False)
+    def differentiate(self, output: torch.Tensor | Sequence[torch.Tensor]) -> None:
+        if isinstance(output, torch.Tensor):
+            torch.autograd.grad(output, self.wanted, self.grad, allow_unused=False)
+        else:  # torch.autograd.grad looks at each gradient in Python first, which takes as long as a kernel
+            roots, wanted = tuple(output), tuple(self.wanted)
+            _engine_run_backward(roots, self.grad, False, False, wanted, allow_unreachable=False, accumulate_grad=False)
 
     def warm_up(self) -> None:
         """Compiles what has to be compiled and fixes the gradient that backward starts from."""
         if self.mode != "forward":
-            self.grad = torch.randn_like(self.output())
+            output = self.output()
+            single = isinstance(output, torch.Tensor)
+            self.grad = torch.randn_like(output) if single else tuple(torch.randn_like(o) for o in output)
         for _ in range(2):
             self.sample(time.perf_counter, 1)
 

@@ -1,13 +1,14 @@
-// Autograd of curve_weights, for every device. In C++, and by a node of its own, because a model's hundreds of tensors
-// cost more in Python's register_autograd, or in an autograd.Function over all bends, than the arithmetic does.
-// ops/curve.py has the contract; curve_weights_backward has an autograd formula of its own there, so the gradient can be
-// differentiated again.
+// Autograd of curve_weights, for every device. In C++, and by a node of its own, because for a model's hundreds of
+// tensors Python's register_autograd, or an autograd.Function over all bends, takes longer than the arithmetic does: a
+// frozen bend has no edge here, and bends are saved for the coefficients' gradient alone. ops/curve.py has the contract;
+// curve_weights_backward has an autograd formula of its own there, so the gradient can be differentiated again.
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/saved_variable.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <mutex>
 #include <optional>
 #include <type_traits>
@@ -105,9 +106,10 @@ template <class Pointer> Pointer new_node() {
 
 std::vector<Tensor> curve_weights_autograd(at::TensorList bends, const Tensor& coefficients) {
   static const auto op = find<Forward>("losssurf_fast::curve_weights");
-  for (const Tensor& bend : bends)
-    TORCH_CHECK_NOT_IMPLEMENTED(!bend._fw_grad(0).defined(), "curve_weights: bends must have no tangent here; call ",
-                                "losssurf_fast.curve_weights, which knows forward-mode AD");
+  const auto dual = [](const Tensor& t) { return t._fw_grad(/*level=*/0).defined(); };
+  TORCH_CHECK_NOT_IMPLEMENTED(!dual(coefficients) && std::none_of(bends.begin(), bends.end(), dual),
+                              "curve_weights: bends and coefficients must have no tangent here; call "
+                              "losssurf_fast.ops.curve_weights, which knows forward-mode AD");
   std::vector<Tensor> weights;
   {
     const at::AutoDispatchBelowADInplaceOrView guard;

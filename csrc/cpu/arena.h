@@ -59,12 +59,12 @@ inline std::vector<at::Tensor> empty_together(const std::vector<Layout>& layouts
     if (!block.defined()) block = at::empty({static_cast<int64_t>(ends[dtype] / size)}, layout.dtype);
     c10::StorageImpl* const owner = block.storage().unsafeGetStorageImpl();
     c10::raw::intrusive_ptr::incref(owner);
-    const auto release = [](void* storage) { c10::raw::intrusive_ptr::decref(static_cast<c10::StorageImpl*>(storage)); };
+    const auto release = [](void* impl) { c10::raw::intrusive_ptr::decref(static_cast<c10::StorageImpl*>(impl)); };
     c10::DataPtr memory(static_cast<char*>(block.data_ptr()) + begins[i], owner, release, at::kCPU);
     c10::Storage storage(c10::Storage::use_byte_size_t(), layout.numel * size, std::move(memory),
                          c10::GetAllocator(at::kCPU), /*resizable=*/true);
-    at::Tensor t = at::detail::make_tensor<c10::TensorImpl>(std::move(storage), c10::DispatchKeySet(at::DispatchKey::CPU),
-                                                            c10::scalarTypeToTypeMeta(layout.dtype));
+    at::Tensor t = at::detail::make_tensor<c10::TensorImpl>(
+        std::move(storage), c10::DispatchKeySet(at::DispatchKey::CPU), c10::scalarTypeToTypeMeta(layout.dtype));
     t.unsafeGetTensorImpl()->set_sizes_and_strides(layout.sizes, layout.strides);
     tensors.push_back(std::move(t));
   }

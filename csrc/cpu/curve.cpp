@@ -14,8 +14,8 @@ namespace {
 
 using at::Tensor;
 
-constexpr int64_t kChunk = 4 * kTile;      // elements of a kernel call
-constexpr int64_t kLargeOutput = 4 << 20;  // bytes; a reader would not find the first of them in an inner cache
+constexpr int64_t kChunk = 4 * kTile;     // elements of a kernel call
+constexpr size_t kLargeOutput = 4 << 20;  // bytes; a reader would not find the first of them in an inner cache
 
 // Coefficients as both the fp32 kernels and the fp64 loops want them.
 struct Coefficients {

@@ -12,9 +12,14 @@ gives the talk's two formulas.
 
 K bends, P tensors in each, j and p their numbers. Numerics: in fp32 whatever the dtype, in fp64 for fp64; the sum runs
 by fma in the order of j, starting from c_0 w_0, so every backend returns the same bits. Kernels do not read a bend with
-coefficient 0 (a chain has K - 2 such bends). Gradients, with g_p that of weight p::
+coefficient 0 (a chain has K - 2 such bends; the reference does, so that NaN in one shows there alone). Gradients, with
+g_p that of weight p::
 
     d/dw_jp = c_j g_p                 d/dc_j = sum_p <g_p, w_jp>
+
+The second is summed in fp32 over 2048 elements and in fp64 beyond, alike for any number of threads. A frozen bend costs
+backward nothing, nor does a weight that was not used: its bends get no gradient. Bends are saved for the coefficients'
+gradient alone. On the CPU a call's results lie in one allocation for each dtype, which lives as long as any of them.
 
 Floor per element, fp32, K = 3 with the inner bend trainable: forward reads 3 and writes 1, backward reads 1 and writes
 1: 24 bytes; the gradient of t makes backward read all bends.
