@@ -15,8 +15,11 @@ from losssurf_fast.ops.curve_linear import curve_linear_backward_reference, curv
 OP = torch.ops.losssurf_fast
 DTYPES = [(F64, F64), (F32, F32), (BF16, BF16), (BF16, F32), (F16, F16), (F16, F32)]  # activations, bends
 WAYS = list(itertools.product((False, True), (0, 1, 3)))  # a t for each row, biases
-# M, O, I. On the fly: less than a group of rows, several, several strips and several chunks of columns; then by GEMMs.
-SHAPES = [(1, 1, 1), (17, 33, 63), (16, 130, 1050), (3, 7, 4500), (64, 12, 16), (200, 50, 70)]
+SHAPES = [(1, 1, 1), (17, 33, 63), (64, 12, 16), (200, 50, 70)]  # M, O, I
+# Large enough a weight to be multiplied on the fly: one and several vectors of rows, odd groups of outputs, several
+# strips and chunks of columns.
+HALF_ON_THE_FLY = [(13, 263, 4100)]
+ON_THE_FLY = [(1, 263, 4100), (47, 260, 2050), (64, 257, 2049)]
 EMPTY = [(0, 4, 3), (5, 0, 3), (5, 3, 0)]
 
 
@@ -35,7 +38,10 @@ def test_curve_linear_forward_and_backward(dtype, bend_dtype, isa):
     with instruction_set(isa) as available:
         if not available:
             pytest.skip(f"this CPU has no {isa}")
-        for shape, (per_row, biases) in itertools.product(SHAPES, WAYS):
+        on_the_fly = {F64: [], F32: ON_THE_FLY}.get(dtype, HALF_ON_THE_FLY)
+        assert all(_C.curve_linear_on_the_fly(m, o * i, dtype.itemsize) for m, o, i in on_the_fly)
+        large = [(shape, (False, biases)) for shape, biases in zip(on_the_fly, (3, 1, 0), strict=False)]
+        for shape, (per_row, biases) in [*itertools.product(SHAPES, WAYS), *large]:
             inputs = curve_inputs(shape, dtype, bend_dtype, biases=biases, per_row=per_row)
             wide = each(inputs, torch.Tensor.double)
             y = OP.curve_linear(*inputs)
@@ -108,29 +114,29 @@ def test_curve_linear_rows_of_one_t_are_those_of_all(rows):
 
 @pytest.mark.parametrize("bends", [2, 5, 9])
 def test_curve_linear_bends(bends):
-    for rows, per_row in itertools.product((4, 100), (False, True)):
-        inputs = curve_inputs((rows, 14, 20), bends=bends, biases=bends, per_row=per_row)
-        torch.testing.assert_close(OP.curve_linear(*inputs), curve_linear_reference(*inputs), rtol=1e-5, atol=1e-5)
+    for shape, per_row in (((4, 14, 20), False), ((4, 14, 20), True), ((4, 260, 2100), False)):
+        inputs = curve_inputs(shape, bends=bends, biases=bends, per_row=per_row)
+        torch.testing.assert_close(OP.curve_linear(*inputs), curve_linear_reference(*inputs), rtol=1e-4, atol=1e-4)
 
 
 def test_curve_linear_does_not_read_bends_of_coefficient_zero():
     """A chain's weight depends on the two bends of its segment alone, in the backward of x too."""
-    for rows in (5, 100):
-        x, bends, coefficients, _ = curve_inputs((rows, 20, 30))
+    for shape in ((5, 260, 2100), (100, 20, 30)):
+        x, bends, coefficients, _ = curve_inputs(shape)
         coefficients[1] = 0
         expected = curve_linear_reference(x, bends, coefficients, [])
         grad_x = curve_linear_backward_reference(expected, x, bends, coefficients, [], True, [False] * 3, False, [])
         bends[1].fill_(torch.nan)
-        torch.testing.assert_close(OP.curve_linear(x, bends, coefficients, []), expected)
+        torch.testing.assert_close(OP.curve_linear(x, bends, coefficients, []), expected, rtol=1e-4, atol=1e-4)
         ours = OP.curve_linear_backward(expected, x, bends, coefficients, [], True, [False] * 3, False, [])
-        torch.testing.assert_close(ours, grad_x)
+        torch.testing.assert_close(ours, grad_x, rtol=1e-4, atol=1e-2)
         assert (OP.curve_linear(x, bends, torch.zeros(3), []) == 0).all()
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_curve_linear_same_bits_for_any_number_of_threads(dtype):
     threads, results = torch.get_num_threads(), []
-    inputs = curve_inputs((16, 150, 1700), dtype, biases=3)
+    inputs = curve_inputs((16, 520, 2100), dtype, biases=3)
     try:
         for count in (1, 2):
             torch.set_num_threads(count)
@@ -143,11 +149,13 @@ def test_curve_linear_same_bits_for_any_number_of_threads(dtype):
 
 
 def test_curve_linear_rule():
-    """Few rows are multiplied on the fly, in fp32 more of them; fp64 never."""
-    rule = _C.curve_linear_on_the_fly
+    """On the fly: few rows, in fp32 more of them, and a weight of more than 2 MiB; fp64 never."""
+    rule = lambda rows, itemsize, numel=2**24: _C.curve_linear_on_the_fly(rows, numel, itemsize)
     assert rule(1, 4) and rule(64, 4) and not rule(65, 4)
     assert rule(1, 2) and rule(16, 2) and not rule(17, 2)
     assert not rule(1, 8)
+    assert not rule(1, 4, 2**19) and rule(1, 4, 2**19 + 1)
+    assert not rule(1, 2, 2**20) and rule(1, 2, 2**20 + 1)
 
 
 # ---- gradients -----------------------------------------------------------------------------------------------------
@@ -168,12 +176,11 @@ def test_curve_linear_gradcheck(per_row, biases):
     assert torch.autograd.gradgradcheck(layer, inputs)
 
 
-@pytest.mark.parametrize("rows", [5, 100])
-@pytest.mark.parametrize("per_row", [False, True])
-def test_curve_linear_every_gradient_alone(rows, per_row):
+@pytest.mark.parametrize(("shape", "per_row"), [((5, 260, 2100), False), ((5, 60, 70), True), ((100, 60, 70), False)])
+def test_curve_linear_every_gradient_alone(shape, per_row):
     """A gradient does not depend on which others are asked for; one of a frozen bend is not made."""
-    inputs = curve_inputs((rows, 60, 700), biases=3, per_row=per_row)
-    grad = torch.randn(rows, 60)
+    inputs = curve_inputs(shape, biases=3, per_row=per_row)
+    grad = torch.randn(shape[:2])
     together = OP.curve_linear_backward(grad, *inputs, *everything(3))
     for i in range(len(together)):
         need = [k == i for k in range(len(together))]

@@ -21,7 +21,7 @@ half-precision operands in fp32, it rounds them not at all. Bends whose coeffici
 backward: the inputs, nothing else; backward combines the weight anew.
 
 Floor for few rows: the K O I elements of the bends are read once, where synthesising the weight first writes and reads
-O I more. Which of the two runs is chosen by the rows and dtype: ``csrc/cpu/curve_linear.cpp`` has the rule, and
+O I more. Which of the two runs is chosen by rows, dtype and size: ``csrc/cpu/curve_linear.cpp`` has the rule, and
 ``curve_linear_triton.py`` that of GPUs.
 """
 

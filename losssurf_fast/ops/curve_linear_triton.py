@@ -102,14 +102,16 @@ def _curve_linear_kernel(
                 acc, x_ptrs, bends[j], coefficients_ptr, offs_m, offs_k, offs, M, I, j, K, PRECISION, EVEN_K, BLOCK_K
             )
     else:
+        coefficients = ()  # outside the loop, whose loads are staged in shared memory
+        for j in tl.static_range(K):
+            coefficients += (tl.load(coefficients_ptr + j).to(tl.float32),)
         for k in range(0, I, BLOCK_K):
             mask_k = (offs_k < I - k)[None, :]
             x = load_x(x_ptrs, mask_k, EVEN_K)
             weight = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
             for j in tl.static_range(K):
-                c = tl.load(coefficients_ptr + j).to(tl.float32)
-                bend = load_bend(bends[j], c, offs, mask_k, EVEN_K).to(tl.float32)
-                weight = tl.fma(bend, tl.broadcast_to(c, bend.shape), weight)
+                bend = load_bend(bends[j], coefficients[j], offs, mask_k, EVEN_K).to(tl.float32)
+                weight = tl.fma(bend, tl.broadcast_to(coefficients[j], bend.shape), weight)
             acc = tl.dot(x, weight.to(x.dtype).T, acc, input_precision=PRECISION)
             x_ptrs += BLOCK_K
             offs += BLOCK_K
