@@ -6,8 +6,6 @@
 #include "curve_linear.h"
 
 #include <ATen/ATen.h>
-#include <ATen/core/dispatch/Dispatcher.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
 
 #include <vector>
@@ -35,12 +33,6 @@ constexpr int64_t kForwardCols = 4096;  // of them at once: x^T and the buffer s
 constexpr int64_t kBackwardRows = 48, kBackwardCols = 2048;  // likewise in backward
 constexpr int64_t kLargeOutput = 4 << 20;  // bytes; a reader would not find the first of them in an inner cache
 
-struct KernelScope {
-  at::AutoDispatchBelowADInplaceOrView below_autograd;
-  c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::DispatchKeySet(c10::DispatchKey::AutocastCPU)};
-};
-
-at::ScalarType wide_dtype(const Tensor& t) { return t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
 int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
 // What the kernels' pointers rely on; ops/curve_linear.py has the checks that explain.
