@@ -5,6 +5,7 @@
 
 #include <string>
 
+#include "cpu/curve_linear.h"
 #include "cpu/kernels.h"
 
 PYBIND11_MODULE(_C, m) {
@@ -12,5 +13,7 @@ PYBIND11_MODULE(_C, m) {
         "Instruction set whose CPU kernels run: 'avx512', 'avx2' or 'baseline'.");
   m.def("use_instruction_set", &use_instruction_set,
         "Choose an instruction set's kernels; False where this CPU lacks it. For tests and benchmarks.");
+  m.def("curve_linear_on_the_fly", &losssurf::curve_linear_on_the_fly,
+        "Whether curve_linear multiplies this many rows, in elements of this many bytes, without writing a weight.");
   m.def("compiler", [] { return std::string("g++ " __VERSION__); });
 }

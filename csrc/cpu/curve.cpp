@@ -35,12 +35,12 @@ bool past_caches(const std::vector<Tensor>& outputs) {
   return bytes >= kLargeOutput;
 }
 
-void sum_double(const CurveSum& sum, const double* coefficients, int64_t begin, int64_t n) {
-  double* out = static_cast<double*>(sum.out);
+void sum_double(const void* const* bends, const double* coefficients, int64_t count, double* out, int64_t begin,
+                int64_t n) {
   for (int64_t i = begin; i < begin + n; ++i) {
-    const auto bend = [&](int64_t j) { return static_cast<const double*>(sum.bends[j])[i]; };
-    double total = sum.count ? curve_first(bend(0), coefficients[0]) : 0;
-    for (int64_t j = 1; j < sum.count; ++j) total = curve_next(total, bend(j), coefficients[j]);
+    const auto bend = [&](int64_t j) { return static_cast<const double*>(bends[j])[i]; };
+    double total = count ? curve_first(bend(0), coefficients[0]) : 0;
+    for (int64_t j = 1; j < count; ++j) total = curve_next(total, bend(j), coefficients[j]);
     out[i] = total;
   }
 }
@@ -48,10 +48,9 @@ void sum_double(const CurveSum& sum, const double* coefficients, int64_t begin, 
 // Elements of a chunk of `out`; the coefficients are those of its bends.
 void sum_chunk(const Tensor& out, const void* const* bends, int64_t count, const double* wide, const float* narrow,
                bool past, const Chunk& chunk) {
-  CurveSum sum{bends, narrow, count, out.data_ptr(), DType::f32, past};
-  if (out.scalar_type() == at::kDouble) return sum_double(sum, wide, chunk.begin, chunk.n);
-  sum.dtype = dtype_of(out);
-  kernels().curve_sum(sum, chunk.begin, chunk.n);
+  if (out.scalar_type() == at::kDouble)
+    return sum_double(bends, wide, count, out.mutable_data_ptr<double>(), chunk.begin, chunk.n);
+  kernels().curve_sum({bends, narrow, count, dtype_of(out), array_of(out, chunk.begin), past}, chunk.begin, chunk.n);
 }
 
 std::vector<Tensor> curve_weights_cpu(at::TensorList bends, const Tensor& coefficients) {
@@ -130,8 +129,7 @@ std::vector<Tensor> curve_weights_backward_cpu(at::TensorList grads_in, at::Tens
         product = product_double(chunk.n, grads[p].const_data_ptr<double>() + chunk.begin,
                                  bends[i].const_data_ptr<double>() + chunk.begin);
       else
-        product = kernels().curve_product(dtype_of(grads[p]), chunk.n, array_of(grads[p], chunk.begin).data,
-                                          array_of(bends[i], chunk.begin).data);
+        product = kernels().curve_product(chunk.n, array_of(grads[p], chunk.begin), array_of(bends[i], chunk.begin));
     }
   });
   if (need_coefficients) {

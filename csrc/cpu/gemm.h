@@ -2,6 +2,7 @@
 #pragma once
 #include <ATen/ATen.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <array>
 #include <limits>
@@ -9,6 +10,17 @@
 #include <string_view>
 
 namespace losssurf {
+
+// For the ATen calls inside a kernel: no autograd bookkeeping, and no autocast, since our operators choose their
+// dtypes themselves, also when backward runs under autocast.
+struct KernelScope {
+  at::AutoDispatchBelowADInplaceOrView below_autograd;
+  c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::DispatchKeySet(c10::DispatchKey::AutocastCPU)};
+};
+
+inline at::ScalarType wide_dtype(const at::Tensor& t) {
+  return t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
 
 // Temporaries of one call, in memory that the thread keeps: fresh pages cost more than the passes that fill them
 // (half of the backward GEMMs' time at 64 x 784 -> 512). A thread keeps at most kSlots blocks of kLargest bytes.

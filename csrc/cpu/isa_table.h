@@ -2,6 +2,7 @@
 #include "averaging_kernels.h"
 #include "block_float_kernels.h"
 #include "curve_kernels.h"
+#include "curve_linear_kernels.h"
 #include "kl_kernels.h"
 #include "lrt_kernels.h"
 #include "noise_kernels.h"
@@ -22,6 +23,7 @@ const Kernels LSF_ISA = {
     swag_sample,
     curve_sum,
     curve_product,
+    small_product,
     max_magnitude,
     block_float_quantize,
     block_float_dequantize,

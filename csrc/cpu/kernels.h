@@ -73,15 +73,28 @@ struct SwagParameter {
   bool past_caches;            // out is too large to be read from there
 };
 
-// One tensor of a model's weights on a curve, out = sum_j coefficients[j] bends[j]; all are of one dtype.
+// Weights on a curve: out = sum_j coefficients[j] bends[j].
 struct CurveSum {
   const void* const* bends;
   const float* coefficients;
   int64_t count;
-  void* out;
-  DType dtype;
+  DType dtype;       // of the bends
+  Array out;         // of the elements that are asked for alone
   bool past_caches;  // out is too large to be read from there
 };
+
+// A product whose one side is small: c [rows, cols] += a [rows, depth] b [depth, cols]. Rows of b and c are contiguous
+// and `cols` is a multiple of kColumns; element (r, k) of a lies at a[r a_row + k a_depth].
+struct SmallProduct {
+  int64_t rows, cols, depth;
+  const float* a;
+  int64_t a_row, a_depth;
+  const float* b;
+  int64_t b_row;
+  float* c;
+  int64_t c_row;
+};
+constexpr int64_t kColumns = 16;
 
 struct Kernels {
   const char* instruction_set;
@@ -106,10 +119,12 @@ struct Kernels {
   void (*swag_collect)(float weight, bool first, int64_t n, float* mean, float* m2, Array value, Array deviation);
   // Elements [begin, begin + n) of all samples of a parameter
   void (*swag_sample)(const SwagParameter&, int64_t begin, int64_t n);
-  // Elements [begin, begin + n) of a tensor of weights
+  // Elements [begin, begin + n) of the bends' sum
   void (*curve_sum)(const CurveSum&, int64_t begin, int64_t n);
-  // <grad, bend> over n elements of one dtype: summed in fp32 over at most kTile, in fp64 beyond
-  double (*curve_product)(DType, int64_t n, const void* grad, const void* bend);
+  // <grad, bend> over n elements, grad in fp32 or in bend's dtype: summed in fp32 over at most kTile, in fp64 beyond
+  double (*curve_product)(int64_t n, Array grad, Array bend);
+  // c += a b, in fp32
+  void (*small_product)(const SmallProduct&);
   // The largest |x| as bits of fp32, where NaN is above infinity
   uint32_t (*max_magnitude)(int64_t n, Array x);
   // Mantissas of at most 8 bits are int8, others int16. Rounds to the nearest where noise is null.

@@ -1,6 +1,5 @@
 // CPU kernels of the lrt family: ops/lrt.py has the contract. Library GEMMs, and one fused pass at each end.
 #include <ATen/ATen.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
 
 #include <array>
@@ -17,14 +16,6 @@ namespace {
 using at::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 
-// For the ATen calls inside a kernel: no autograd bookkeeping, and no autocast, since our operators choose their
-// dtypes themselves, also when backward runs under autocast.
-struct KernelScope {
-  at::AutoDispatchBelowADInplaceOrView below_autograd;
-  c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::DispatchKeySet(c10::DispatchKey::AutocastCPU)};
-};
-
-at::ScalarType wide_dtype(const Tensor& t) { return t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
 at::ScalarType operand_dtype(const Tensor& x) { return x.scalar_type() == at::kHalf ? at::kFloat : x.scalar_type(); }
 
 // ---- elementwise passes ------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
-"""Layers: drop-in replacements of torch.nn's, with Gaussian weights."""
+"""Layers: drop-in replacements of torch.nn's, with Gaussian weights or with weights on a curve."""
 
+from losssurf_fast.nn.curve import CurveLinear
 from losssurf_fast.nn.lrt import LRTLinear
 from losssurf_fast.nn.stochastic import StochasticLayer
 
-__all__ = ["LRTLinear", "StochasticLayer"]
+__all__ = ["CurveLinear", "LRTLinear", "StochasticLayer"]

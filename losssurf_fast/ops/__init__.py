@@ -6,6 +6,7 @@ from losssurf_fast._library import explain_missing
 from losssurf_fast.ops.averaging import ema_, lerp_
 from losssurf_fast.ops.block_float import block_float, block_float_dequantize, block_float_quantize
 from losssurf_fast.ops.curve import curve_coefficients, curve_weights
+from losssurf_fast.ops.curve_linear import curve_linear
 from losssurf_fast.ops.kl import kl_ard, kl_log_uniform, kl_normal
 from losssurf_fast.ops.lrt import lrt_linear, lrt_sample
 from losssurf_fast.ops.noise import philox_normal
@@ -13,6 +14,7 @@ from losssurf_fast.ops.swag import swag_collect_, swag_sample
 
 if importlib.util.find_spec("triton"):
     from losssurf_fast.ops import (  # noqa: F401
+        curve_linear_triton,
         kl_triton,
         lrt_linear_backward_triton,
         lrt_linear_triton,
@@ -27,6 +29,7 @@ __all__ = [
     "block_float_dequantize",
     "block_float_quantize",
     "curve_coefficients",
+    "curve_linear",
     "curve_weights",
     "ema_",
     "kl_ard",

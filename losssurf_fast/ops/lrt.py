@@ -130,7 +130,7 @@ def lrt_sample(
         raise TypeError(f"{name}: mean must be a tensor, got {type(mean).__name__}")
     if mean.dtype not in LRT_DTYPES:
         raise TypeError(f"{name}: mean must have one of the dtypes {LRT_DTYPES}, got {mean.dtype}")
-    _check_companion(name, "var", var, "mean", mean)
+    check_companion(name, "var", var, "mean", mean)
     try:
         var = var.expand_as(mean)
     except RuntimeError:
@@ -150,7 +150,7 @@ def lrt_sample(
     return y.view(mean.shape)
 
 
-def _check_companion(name: str, argument: str, tensor, main_name: str, main: torch.Tensor) -> None:
+def check_companion(name: str, argument: str, tensor, main_name: str, main: torch.Tensor) -> None:
     """``tensor`` must be a tensor on ``main``'s device, in its dtype or in float32 beside a half-precision one."""
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{name}: {argument} must be a tensor, got {type(tensor).__name__}")
@@ -306,10 +306,10 @@ def check_parameters(x, weight, scale, bias, parameterization) -> None:
     if (weight is None) != (parameterization == "variance"):
         wanted = "must be None" if weight is not None else "is missing"
         raise ValueError(f"{name}: weight {wanted} for parameterization {parameterization!r}")
-    _check_companion(name, "scale", scale, "x", x)
+    check_companion(name, "scale", scale, "x", x)
     matrix, matrix_name = (scale, "scale") if weight is None else (weight, "weight")
     if weight is not None:
-        _check_companion(name, "weight", weight, "x", x)
+        check_companion(name, "weight", weight, "x", x)
     if matrix.dim() != 2:
         raise ValueError(f"{name}: {matrix_name} must be [out_features, in_features], got {tuple(matrix.shape)}")
     if matrix.shape[1] != x.shape[-1]:
@@ -323,7 +323,7 @@ def check_parameters(x, weight, scale, bias, parameterization) -> None:
             f"{name}: scale must be {scale_shape} for parameterization {parameterization!r}, got {tuple(scale.shape)}"
         )
     if bias is not None:
-        _check_companion(name, "bias", bias, "x", x)
+        check_companion(name, "bias", bias, "x", x)
         if tuple(bias.shape) != (out_features,):
             raise ValueError(f"{name}: bias must be ({out_features},), got {tuple(bias.shape)}")
 
