@@ -75,8 +75,8 @@ template <class Numbers> struct Step {
   }
 };
 
-// The noise of a tile row after row, whole quads each.
-template <class Numbers = Normals> LSF_INLINE void draw_quads(NoiseStream stream, Tile tile, float* out) {
+// The noise of a tile row after row, whole quads each. Not inlined: it is the largest piece of code of all.
+template <class Numbers = Normals> __attribute__((noinline)) void draw_quads(NoiseStream stream, Tile tile, float* out) {
   const uint64_t first_col = stream.col_offset + tile.col, first_row = stream.row_offset + tile.row;
   const uint32_t first_quad = (uint32_t)(first_col >> 2), sample = stream.sample;
   const ptrdiff_t quads = ((first_col & 3) + tile.cols + 3) / 4;

@@ -103,7 +103,8 @@ LSF_INLINE void to_half(Floats x, uint16_t* p) {
   _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
 }
 #else  // any x86-64: lane by lane where SSE2 has no instruction; libm's fmaf rounds once everywhere
-LSF_INLINE Floats fused_mul_add(Floats a, Floats b, Floats c) {
+// A call, because inlined into every formula these four took the compiler minutes.
+__attribute__((noinline)) Floats fused_mul_add(Floats a, Floats b, Floats c) {
   for (int i = 0; i < kLanes; ++i) c[i] = fmaf(a[i], b[i], c[i]);
   return c;
 }
