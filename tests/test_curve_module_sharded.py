@@ -10,7 +10,12 @@ from curve_ranks import all_ranks, assert_gradients, batch, here, network, whole
 from distributed import run_ranks
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
+
+import losssurf_fast as lsf
+from losssurf_fast.curve import sharding
 
 
 def sharded(rank, folder):
@@ -73,6 +78,39 @@ def compiled(rank):
         assert_gradients(curve, expected)
 
 
+def collectives_of_a_step(rank, shard):
+    """One gather: of one network where bends are combined as they lie, of all bends under FSDP2."""
+    curve = network(for_fsdp=True)
+    of_network = sum(p.numel() for p in curve.bends[0].parameters())
+    shard(curve)
+    gathered, gather = [], sharding._all_gather
+    with CommDebugMode() as mode, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "_all_gather", lambda t, *args: gathered.append(2 * t.numel()) or gather(t, *args))
+        (curve(here(batch(), rank)).square().mean() + curve.l2()).backward()
+    counts = {str(op): count for op, count in mode.get_comm_counts().items() if "broadcast" not in str(op)}  # of t
+    assert sorted(counts.values()) == [1, 1] and ["gather" in op for op in sorted(counts)] == [True, False], counts
+    assert any("reduce_scatter" in op for op in counts), counts
+    if not isinstance(curve, FSDPModule):
+        assert len(gathered) == 1 and of_network <= gathered[0] < 1.5 * of_network  # rows are padded
+
+
+def channels_last(rank):
+    expected, curve = (lsf.Curve(convolutions()) for _ in range(2))
+    curve.shard_()
+    torch.manual_seed(5)
+    x = torch.randn(2, 4, 5, 5).to(memory_format=torch.channels_last)
+    curve(here(x, rank), t=0.3).square().mean().backward()
+    expected(x, t=0.3).square().mean().backward()
+    assert_gradients(curve, expected)
+    with torch.no_grad():
+        torch.testing.assert_close(curve(x, t=0.6), expected(x, t=0.6))
+
+
+def convolutions():
+    torch.manual_seed(4)
+    return [nn.Conv2d(4, 3, 3).to(memory_format=torch.channels_last) for _ in range(2)]
+
+
 def refusals(rank):
     stratified = network(t_per_rank="stratified")
     with pytest.raises(ValueError, match="Curve.shard_: sharded bends need t_per_rank='same', got 'stratified'"):
@@ -100,6 +138,9 @@ def refusals(rank):
 def rank_main(rank, folder):
     sharded(rank, folder)
     compiled(rank)
+    collectives_of_a_step(rank, lambda curve: curve.shard_())
+    collectives_of_a_step(rank, fully_shard)
+    channels_last(rank)
     refusals(rank)
 
 
