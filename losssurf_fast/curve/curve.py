@@ -115,7 +115,7 @@ class Curve(nn.Module):
             trees.append(parameter_tree({n: nn.Parameter(v, not fixed and n not in frozen) for n, v in values.items()}))
         self.bends = nn.ModuleList(trees)
         self.module = endpoints.copy_of(template)
-        if isinstance(models[0], Mapping):
+        if not isinstance(models[0], nn.Module):
             endpoints.load_buffers(self.module, models[0])
         self._bends, self._places = Bends(self.bends), Places(self.module)
         self._has_complex = any(p.is_complex() for p in self.bends[0].parameters())

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from losssurf_fast.averaging import tensors
 from losssurf_fast.curve import Curve
 from losssurf_fast.evaluation import Metric
 from losssurf_fast.surface.directions import random_direction
@@ -34,7 +35,6 @@ from losssurf_fast.surface.weights import (
     difference,
     gram,
     norm,
-    require_names,
     weights_of,
 )
 
@@ -205,7 +205,7 @@ class Plane:
 
     def _same_space(self, caller: str, weights, model: nn.Module | None) -> Weights:
         found = weights_of(caller, "weights", weights, model)
-        require_names(caller, "weights", self._origin, found, of="the plane")
+        tensors.match(caller, self._origin, found, "the plane", "weights")
         return {name: found[name].to(t.device, t.dtype) for name, t in self._origin.items()}
 
     def evaluate(

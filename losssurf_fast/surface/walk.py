@@ -17,7 +17,8 @@ from losssurf_fast.averaging.swap import restored
 from losssurf_fast.evaluation import Evaluation, Metric, statistics_loader
 from losssurf_fast.prediction import seeded
 from losssurf_fast.surface.measurements import Measurements
-from losssurf_fast.surface.weights import Weights, known_names, model_parameters, require_names
+from losssurf_fast.surface.weights import model_parameters
+from losssurf_fast.weights import Weights, known_names
 
 Place = tuple  # an index of the grid's arrays
 
@@ -81,7 +82,7 @@ class Walk:
                 f"{self.caller}: the weights must be parameters of the model alone, they hold {tensors.some(others)}; "
                 "give model= where they are taken from state_dicts"
             )
-        require_names(self.caller, "model", weights, self.parameters, of="the weights")
+        tensors.match(self.caller, weights, self.parameters, "the weights", "model")
         live = {p.untyped_storage().data_ptr() for p in self.parameters.values()}
         moved = {name: t.to(self.parameters[name].device) for name, t in weights.items()}
         return {name: t.clone() if t.untyped_storage().data_ptr() in live else t for name, t in moved.items()}
