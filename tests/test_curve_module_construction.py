@@ -170,8 +170,8 @@ def refusals():
     return [
         (TypeError, "Curve: models must be a sequence of modules or state_dicts, got Sequential", a, {}),
         (TypeError, "Curve: models must be a sequence of modules or state_dicts, got OrderedDict", s, {}),
-        (TypeError, given(1, "must be a module or a state_dict, got NoneType"), [a, None], {}),
-        (TypeError, given(0, "must be a module or a state_dict, got str"), ["a.pt", a], {}),
+        (TypeError, given(1, "must be a model, an average .*, got NoneType"), [a, None], {}),
+        (TypeError, given(0, "must be a model, an average .*, got str"), ["a.pt", a], {}),
         (ValueError, "Curve: models must be the two end points or all 3 bends, got 1", [a], {}),
         (ValueError, "Curve: models must be the two end points or all 4 bends, got 3", [a, b, a], {"num_bends": 4}),
         (ValueError, "Curve: models must be the two end points, got 3", [a, b, a], {"num_bends": 2}),

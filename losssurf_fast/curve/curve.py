@@ -56,9 +56,10 @@ class Curve(nn.Module):
     forward, :meth:`shard_` only one.
 
     Args:
-        models: two end points, or all K bends: modules (their DistributedDataParallel and torch.compile taken off) or
-            state_dicts. Tensors are paired by name and cast to the network's devices and dtypes. Sharded ones are
-            gathered, on all ranks together.
+        models: two end points, or all K bends: modules (DistributedDataParallel and torch.compile are taken off),
+            averages of them (AveragedModel, SWAG) or tensors by name, such as state_dicts of any of these.
+            Tensors are paired by name and cast to the network's devices and dtypes. Sharded ones are gathered, on all
+            ranks together.
         kind: "bezier" or "polychain".
         num_bends: K, at least 2; the ends count.
         fix_start, fix_end: keep that end point as it is (``requires_grad=False``).
@@ -115,7 +116,7 @@ class Curve(nn.Module):
             trees.append(parameter_tree({n: nn.Parameter(v, not fixed and n not in frozen) for n, v in values.items()}))
         self.bends = nn.ModuleList(trees)
         self.module = endpoints.copy_of(template)
-        if not isinstance(models[0], nn.Module):
+        if isinstance(models[0], Mapping):
             endpoints.load_buffers(self.module, models[0])
         self._bends, self._places = Bends(self.bends), Places(self.module)
         self._has_complex = any(p.is_complex() for p in self.bends[0].parameters())

@@ -22,9 +22,6 @@ def as_models(models, num_bends: int) -> list[nn.Module | Mapping]:
     if len(models) not in (2, num_bends):
         wanted = "the two end points" if num_bends == 2 else f"the two end points or all {num_bends} bends"
         raise ValueError(f"{_NAME}: models must be {wanted}, got {len(models)}")
-    for i, model in enumerate(models):
-        if not isinstance(model, nn.Module | Mapping):
-            raise TypeError(f"{_NAME}: models[{i}] must be a module or a state_dict, got {type(model).__name__}")
     return list(models)
 
 
