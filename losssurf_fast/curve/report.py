@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from losssurf_fast.figures import new_figure, save_figure
+from losssurf_fast import peer_fields
+from losssurf_fast.figures import finish, new_figure
 from losssurf_fast.files import load_arrays, save_arrays
 
-_PREFIXES = {"train": "tr", "test": "te"}
 _STATISTICS = {"min": "min", "max": "max", "avg": "mean", "int": "integral"}
 _PEERS = {
     "loaders": np.array(["train", "test"]),
@@ -114,11 +114,9 @@ class CurveReport:
         arrays |= {"loaders": np.array(list(self.values), str), "metrics": np.array(metrics, str)}
         for loader in self.values:
             for metric, profile in self[loader].items():
-                field = _field(loader, metric)
-                if metric == "error":
-                    profile = Profile(100 * profile.values, self.dl)
-                    arrays[f"{_prefix(loader)}_acc"] = 100 - profile.values
-                arrays[field] = profile.values
+                field, found = peer_fields.field(loader, metric), peer_fields.fields(loader, metric, profile.values)
+                profile = Profile(found[field], self.dl)
+                arrays = found | arrays | {field: profile.values}
                 arrays |= {f"{field}_{s}": np.array(getattr(profile, name)) for s, name in _STATISTICS.items()}
         save_arrays(arrays, path)
 
@@ -138,7 +136,7 @@ class CurveReport:
             if arrays[field].dtype.kind != kind or arrays[field].ndim != dim:
                 raise ValueError(f"CurveReport.load: {path} is no file of a CurveReport: its {field} is none")
         loaders, metrics = arrays["loaders"].tolist(), arrays["metrics"].tolist()
-        fields = {loader: {metric: _field(loader, metric) for metric in metrics} for loader in loaders}
+        fields = {loader: {metric: peer_fields.field(loader, metric) for metric in metrics} for loader in loaders}
         used = [field for found in fields.values() for field in found.values() if field in arrays]
         for field in ("ts", "dl", "norms", *used):
             found = arrays.get(field)
@@ -178,9 +176,7 @@ class CurveReport:
         figure.legend(
             handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9
         )
-        if path is not None:
-            save_figure(figure, path)
-        return figure
+        return finish(figure, path)
 
     def _panel(self, axes, x: np.ndarray, metric: str) -> None:
         factor = 100 if metric == "error" else 1
@@ -201,15 +197,6 @@ class CurveReport:
         axes.set_title("error (%)" if metric == "error" else title, fontsize=11)
         axes.set_xlim(x[0], x[-1])
         axes.margins(y=0.15)
-        axes.spines[["top", "right"]].set_visible(False)
-
-
-def _prefix(loader: str) -> str:
-    return _PREFIXES.get(loader, loader)
-
-
-def _field(loader: str, metric: str) -> str:
-    return f"{_prefix(loader)}_{'err' if metric == 'error' else metric}"
 
 
 def check_names(caller: str, loaders: Iterable[str], metrics: Iterable[str]) -> None:
@@ -223,10 +210,10 @@ def check_names(caller: str, loaders: Iterable[str], metrics: Iterable[str]) -> 
         for metric in ("loss", "nll", "error", *(m for m in metrics if m != "error")):
             if not isinstance(loader, str) or not isinstance(metric, str):
                 raise TypeError(f"{caller}: loaders and metrics must have strings as names, got {loader!r}, {metric!r}")
-            field = _field(loader, metric)
+            field = peer_fields.field(loader, metric)
             fields = {field, *(f"{field}_{s}" for s in _STATISTICS)}
             if metric == "error":
-                fields.add(f"{_prefix(loader)}_acc")
+                fields.add(f"{peer_fields.prefix(loader)}_acc")
             if seen & fields:
                 raise ValueError(f"{caller}: two results would be called {min(seen & fields)!r}; rename {metric!r}")
             seen |= fields

@@ -1,10 +1,11 @@
 """Pictures of a plane: contours at log-spaced levels, the networks and paths in it."""
 
 import itertools
+import os
 
 import numpy as np
 
-from losssurf_fast.figures import new_figure
+from losssurf_fast.figures import finish, new_figure
 from losssurf_fast.surface.measurements import Measurements
 from losssurf_fast.surface.surface import Surface
 
@@ -13,7 +14,9 @@ _PATHS = ("#d7301f", "#c51b8a", "#252525")
 _BANDS = 10
 
 
-def contour_figure(surface: Surface, metric: str | None, *, log: bool, vmax: float | None):
+def contour_figure(
+    surface: Surface, path: str | os.PathLike | None, metric: str | None, *, log: bool, vmax: float | None
+):
     values, name = shown(surface, metric)
     vmax = None if vmax is None else vmax * (100 if name.endswith("(%)") else 1)
     finite = values[np.isfinite(values)]
@@ -33,7 +36,7 @@ def contour_figure(surface: Surface, metric: str | None, *, log: bool, vmax: flo
     axes.set_ylabel("distance in weight space")
     if surface.trajectories:
         axes.legend(loc="best", fontsize=8, framealpha=0.9)
-    return figure
+    return finish(figure, path, framed=True)
 
 
 def shown(measurements: Measurements, metric: str | None) -> tuple[np.ndarray, str]:

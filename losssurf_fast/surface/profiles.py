@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from losssurf_fast.figures import new_figure, save_figure
+from losssurf_fast.figures import finish, new_figure
 from losssurf_fast.surface.contours import shown
 from losssurf_fast.surface.line import Line
 from losssurf_fast.surface.rays import Rays
@@ -28,7 +28,7 @@ def line_figure(line: Line, path: str | os.PathLike | None, metrics: Sequence[st
         _frame(axes, name if len(group) == 1 else name.removeprefix(loader).strip(), log)
         if len(group) > 1:
             axes.legend(fontsize=8, frameon=False)
-    return _saved(figure, path)
+    return finish(figure, path)
 
 
 def _ends(axes, line: Line) -> None:
@@ -52,18 +52,11 @@ def rays_figure(named: Mapping[str, Rays], path: str | os.PathLike | None, metri
     _frame(axes, name, log)
     axes.set_xlim(left=0)
     axes.legend(fontsize=9, frameon=False, title="median of the rays", title_fontsize=8)
-    return _saved(figure, path)
+    return finish(figure, path)
 
 
 def _frame(axes, name: str, log: bool) -> None:
     axes.set_xlabel("distance in weight space")
     axes.set_ylabel(name)
-    axes.spines[["top", "right"]].set_visible(False)
     if log:
         axes.set_yscale("log")
-
-
-def _saved(figure, path: str | os.PathLike | None):
-    if path is not None:
-        save_figure(figure, path)
-    return figure

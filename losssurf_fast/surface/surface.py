@@ -7,6 +7,7 @@ from typing import ClassVar, Self
 
 import numpy as np
 
+from losssurf_fast import peer_fields
 from losssurf_fast.surface.measurements import Measurements
 
 
@@ -61,12 +62,7 @@ class Surface(Measurements):
         """
         from losssurf_fast.surface.contours import contour_figure
 
-        figure = contour_figure(self, metric, log=log, vmax=vmax)
-        if path is not None:
-            from losssurf_fast.figures import save_figure
-
-            save_figure(figure, path)
-        return figure
+        return contour_figure(self, path, metric, log=log, vmax=vmax)
 
     def arrays(self) -> dict[str, np.ndarray]:
         found = {"xs": self.xs, "ys": self.ys}
@@ -87,19 +83,4 @@ class Surface(Measurements):
         found = {"grid": np.stack(np.meshgrid(self.xs, self.ys, indexing="ij"), axis=-1)}
         if self.trajectories:
             found["curve_coordinates"] = next(iter(self.trajectories.values())).path[:, :2]
-        return found | peer_metrics(self.values)
-
-
-def peer_metrics(values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Metrics of loaders "train" and "test" under dnn-mode-connectivity's names, errors in percent."""
-    found = {}
-    for name, array in values.items():
-        loader, _, metric = name.partition("_")
-        short = {"train": "tr", "test": "te"}.get(loader)
-        if short is None:
-            continue
-        if metric == "error":
-            found |= {f"{short}_err": 100 * array, f"{short}_acc": 100 - 100 * array}
-        else:
-            found[f"{short}_{metric}"] = array
-    return found
+        return found | peer_fields.by_name(self.values)

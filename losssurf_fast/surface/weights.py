@@ -13,8 +13,7 @@ from torch import nn
 from losssurf_fast import weights
 from losssurf_fast.averaging import tensors
 from losssurf_fast.averaging.mesh import require_finite
-from losssurf_fast.curve import Curve
-from losssurf_fast.curve.geometry import chunks
+from losssurf_fast.curve import Curve, geometry
 from losssurf_fast.ops.curve import curve_weights
 from losssurf_fast.weights import Weights
 
@@ -120,14 +119,7 @@ def combine(points: Sequence[Weights], coefficients: Sequence[float]) -> Weights
 
 def gram(vectors: Sequence[Weights]) -> torch.Tensor:
     """Inner products [K, K] of K vectors in float64, on the CPU."""
-    total = torch.zeros(len(vectors), len(vectors), dtype=torch.float64)
-    for device, names in _by_device(vectors[0]).items():
-        here = torch.zeros_like(total, device=device)
-        for rows in chunks([[v[name].reshape(-1) for name in names] for v in vectors]):
-            rows = rows.double()
-            here += rows @ rows.T
-        total += here.cpu()
-    return total
+    return geometry.gram([[v[name] for name in vectors[0]] for v in vectors]).cpu()
 
 
 def norm(vector: Weights) -> float:
