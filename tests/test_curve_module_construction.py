@@ -231,3 +231,15 @@ def test_repr_and_shapes_without_a_forward():
     assert curve.module[0].weight.is_meta and curve.module[0].weight.shape == (5, 4)
     with pytest.raises((RuntimeError, NotImplementedError)):
         curve.module(torch.randn(3, 4))  # not with wrong weights
+
+
+class Scaled(nn.Linear):
+    def forward(self, x, t=None):
+        return super().forward(x) * (1 if t is None else t)
+
+
+def test_an_argument_t_of_the_networks_own_is_warned_of():
+    with pytest.warns(UserWarning, match="Curve: Scaled.forward has an argument t, .* pass the network's by position"):
+        curve = lsf.Curve([Scaled(3, 2), Scaled(3, 2)])
+    x = torch.randn(4, 3)
+    torch.testing.assert_close(curve(x, 2.0, t=0.5), 2 * curve.module_at(0.5)(x))

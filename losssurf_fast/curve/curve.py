@@ -19,7 +19,7 @@ from losssurf_fast.curve import endpoints, sharding
 from losssurf_fast.curve.bends import Bends, Places, combined, parameter_tree
 from losssurf_fast.curve.geometry import T_SAMPLINGS, Geometry, as_points, even_points
 from losssurf_fast.curve.recompute import in_backward, prepare_backward
-from losssurf_fast.ops.curve import check_kind, check_t, curve_coefficients, curve_weights
+from losssurf_fast.ops.curve import KINDS, check_kind, check_t, curve_coefficients, curve_weights
 
 _NAME = "Curve"
 _STRATIFIED = "sharded bends need t_per_rank='same', got 'stratified'"
@@ -38,7 +38,8 @@ class Curve(nn.Module):
             optimizer.zero_grad(), loss.backward(), optimizer.step()
         middle = curve.module_at(0.5)                        # a network of its own
 
-    Bends are Parameters with the weights' shapes and dtypes, ``bends.<j>.<name>`` in the state_dict; a parameter that
+    Bends are Parameters with the weights' shapes and dtypes, ``bends.<j>.<name>`` in the state_dict, where
+    ``_extra_state`` is the kind, so that weights of a chain do not load as a bezier curve's; a parameter that
     is tied, frozen, complex, or computed from others (``parametrize``) in the network is so in each. Parameters of
     integers and buffers are not combined: they are the first model's, in ``module``. That is the network, without
     parameters of its own except within :meth:`at`. BatchNorm's running statistics belong to no t: train mode updates
@@ -230,6 +231,8 @@ class Curve(nn.Module):
     def forward(self, *args, t: float | torch.Tensor | None = None, **kwargs):
         """``module(*args, **kwargs)`` with the weights at ``t``, a number or a 0-d tensor; None draws one.
 
+        A ``t`` of the network's own must come by position: a warning at the curve's construction says so.
+
         Compile with tensors for t: each number is a graph of its own.
         """
         if t is None and self.t_per_rank == "stratified" and sharding.is_sharded(self._bends.first()):
@@ -343,6 +346,15 @@ class Curve(nn.Module):
 
     def _replicate_for_data_parallel(self):
         raise NotImplementedError(f"{_NAME}: nn.DataParallel is not supported; use DistributedDataParallel")
+
+    def get_extra_state(self) -> torch.Tensor:
+        """The kind's number, as a tensor, which distributed checkpoints and safetensors take."""
+        return torch.tensor(KINDS.index(self.kind))
+
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        if int(state) != KINDS.index(self.kind):
+            found = KINDS[int(state)] if 0 <= int(state) < len(KINDS) else int(state)
+            raise ValueError(f"{_NAME}: the state_dict must be of kind {self.kind!r}, it is of {found!r}")
 
     def extra_repr(self) -> str:
         fixed = [j for j, bend in enumerate(self.bends) if not any(p.requires_grad for p in bend.parameters())]

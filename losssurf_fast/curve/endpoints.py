@@ -1,6 +1,8 @@
 """What a curve is made from: networks or state_dicts as weights by name, looked through before anything is built."""
 
 import copy
+import inspect
+import warnings
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -50,6 +52,12 @@ def template_of(models: Sequence[nn.Module | Mapping], model: nn.Module | None) 
             raise ValueError(f"{_NAME}: {name} is sharded; give the whole module as model=, and shard the curve")
         if p.is_floating_point() and p.dtype not in CURVE_DTYPES:
             raise TypeError(f"{_NAME}: {name} must have a dtype of {CURVE_DTYPES}, got {p.dtype}")
+    if "t" in inspect.signature(found.forward).parameters:
+        warnings.warn(
+            f"{_NAME}: {type(found).__name__}.forward has an argument t, which curve(..., t=) takes for the place on "
+            "the curve; pass the network's by position",
+            stacklevel=3,
+        )
     if not any(combined(p) for p in parameters.values()):
         raise ValueError(f"{_NAME}: {type(found).__name__} has no floating parameters to combine")
     return found

@@ -42,6 +42,13 @@ def check_number(caller: str, argument: str, value, positive: bool = False) -> f
     return float(value)
 
 
+def check_seed(caller: str, seed) -> None:
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"{caller}: seed must be an int, got {type(seed).__name__}")
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"{caller}: seed must fit in 64 bits, got {seed}")
+
+
 def check_labels(caller: str, labels: Sequence[str], number: int) -> tuple[str, ...]:
     if isinstance(labels, str) or len(labels) != number or len(set(labels)) != number:
         raise ValueError(f"{caller}: labels must be {number} different names, got {labels!r}")

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from losssurf_fast.evaluation import Metric
 from losssurf_fast.surface.directions import check_normalization, random_direction
-from losssurf_fast.surface.grid import check_number, check_points
+from losssurf_fast.surface.grid import check_number, check_points, check_seed
 from losssurf_fast.surface.measurements import Measurements
 from losssurf_fast.surface.walk import Walk
 from losssurf_fast.surface.weights import Weights, combine, common_weights, gram, norm
@@ -41,6 +41,22 @@ class Rays(Measurements):
     @property
     def shape(self) -> tuple[int, int]:
         return self.num_rays, len(self.distances)
+
+    def heading(self) -> str:
+        found = f"{self.num_rays} rays of {len(self.distances)} points and length {self.distances[-1]:.4g}"
+        first = next(iter(self.values), None)
+        return found if first is None else f"{found}; {first.replace('_', ' ')}: {self.rise(first)} (median)"
+
+    def rise(self, metric: str) -> str:
+        """In words where the median ray has risen by ``delta``."""
+        width = self.width(metric)
+        if np.isinf(width):
+            return f"+{self.delta:g} not reached"
+        return "no width, it is NaN" if np.isnan(width) else f"+{self.delta:g} at {width:.3g}"
+
+    def summary(self, metric: str) -> dict[str, float]:
+        values = self.values[metric]
+        return {"start": float(values[0, 0]), "median end": float(np.median(values[:, -1])), **super().summary(metric)}
 
     def widths(self, metric: str | None = None, delta: float | None = None) -> np.ndarray:
         """``[R]``: the distance at which a metric (None: the first) has risen by ``delta`` above that of the network.
@@ -143,11 +159,11 @@ def rays(
     (points,) = check_points("rays", points, 1)
     max_distance = check_number("rays", "max_distance", max_distance, positive=True)
     delta = check_number("rays", "delta", delta, positive=True)
-    for argument, value, least in (("num_rays", num_rays, 1), ("seed", seed, -(2**63))):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"rays: {argument} must be an int, got {type(value).__name__}")
-        if value < least:
-            raise ValueError(f"rays: {argument} must be at least {least}, got {value}")
+    check_seed("rays", seed)
+    if isinstance(num_rays, bool) or not isinstance(num_rays, int):
+        raise TypeError(f"rays: num_rays must be an int, got {type(num_rays).__name__}")
+    if num_rays < 1:
+        raise ValueError(f"rays: num_rays must be at least 1, got {num_rays}")
     check_normalization("rays", normalization)
     walk = Walk(
         "rays", model, loader, loss_fn=loss_fn, metrics=metrics, bn_loader=bn_loader, recalibrate=recalibrate,
