@@ -240,7 +240,6 @@ def test_plane_through_refuses_points_that_rounding_alone_keeps_off_a_line(dtype
         (lambda m: lsf.Plane.pca(m[:2]), ValueError, r"Plane\.pca: trajectory must hold at least 3 networks, got 2"),
         (lambda m: lsf.Plane.pca([m[0], m[1], m[0]]), ValueError, r"Plane\.pca: .* one line"),
         (lambda m: lsf.Plane.random(m[0], seed="1"), TypeError, r"Plane\.random: seed must be an int, got str"),
-        (lambda m: lsf.Plane.random(m[0], seed=2**63), ValueError, r"Plane\.random: seed must fit in 64 bits"),
         (lambda m: lsf.Plane.random(m[0], extent=0), ValueError, r"Plane\.random: extent must be positive"),
         (
             lambda m: lsf.Plane.through(*m).project({"matrix": m[0].matrix}),
@@ -280,9 +279,9 @@ def test_memory_formats_and_empty_parameters_make_no_difference():
 def test_models_that_have_not_run_yet_are_refused():
     lazy = [nn.LazyLinear(3) for _ in range(3)]
     for sources in (lazy, [m.state_dict() for m in lazy]):
-        with pytest.raises(ValueError, match=r"Plane\.through: w1: weight must hold values, got none"):
+        with pytest.raises(ValueError, match=r"Plane\.through: w1: weight must hold values, got a lazy tensor"):
             lsf.Plane.through(*sources)
-    with pytest.raises(ValueError, match="line: model: weight must hold values, got none"):
+    with pytest.raises(ValueError, match="line: model: weight must hold values, got a lazy tensor"):
         lsf.line(lazy[0], nn.Linear(2, 3), nn.Linear(2, 3), [])
 
 
@@ -298,7 +297,7 @@ def test_models_that_have_not_run_yet_are_refused():
         ({"margin": (0.1, 0.1)}, TypeError, "margin must be a number or 4 of them"),
         ({"margin": "wide"}, TypeError, "margin must be a number or 4 of them, got 'wide'"),
         ({"trajectories": [nn.Linear(2, 2)]}, TypeError, "trajectories must be a mapping from labels .*, got list"),
-        ({"trajectories": {"t": [nn.Linear(2, 2)]}}, ValueError, "weights must have the parameters of"),
+        ({"trajectories": {"t": [nn.Linear(2, 2)]}}, ValueError, "weights must have the tensors of"),
     ],
 )
 def test_plane_evaluate_refuses(arguments, error, message):

@@ -58,7 +58,7 @@ class Surface(Measurements):
         return super().summary(metric) | {f"by {label}": float(nearest(*xy)) for label, xy in self.marks.items()}
 
     def plot(self, path: str | os.PathLike | None = None, metric: str | None = None, *, log: bool = True, vmax=None):
-        """A contour picture of a metric; see :func:`losssurf_fast.surface.contours.contour_figure`.
+        """A contour picture of a metric.
 
         Args:
             path: where to save it (png, pdf, svg); None saves nothing.
