@@ -3,7 +3,9 @@
 import copy
 import io
 import math
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from common import F64
@@ -369,6 +371,8 @@ def test_t_given_as_number_or_tensor():
     curve = lsf.Curve(models)
     assert torch.equal(curve(x, t=0.3), curve(x, t=torch.tensor(0.3, dtype=F64)))
     assert torch.equal(curve(x, t=0.5), curve(x, t=torch.tensor([0.5])))  # as dnn-mode-connectivity gives it
+    for t in (np.float32(0.25), np.float64(0.25), np.int64(1), Fraction(1, 4)):
+        assert torch.equal(curve(x, t=t), curve(x, t=float(t)))
     for t, error, message in (
         (1.5, ValueError, r"Curve: t must lie in \[0, 1\], got 1.5"),
         (torch.tensor(-0.5), ValueError, r"Curve: t must lie in \[0, 1\], got -0.5"),
@@ -376,6 +380,8 @@ def test_t_given_as_number_or_tensor():
         (torch.tensor([0.1, 0.2]), ValueError, r"Curve: t must be a number or a tensor of one, got shape \(2,\)"),
         (torch.tensor(1), TypeError, "Curve: t must have a floating dtype"),
         ("half", TypeError, "Curve: t must be a number or a tensor, got str"),
+        (0.5j, TypeError, "Curve: t must be a number or a tensor, got complex"),
+        (np.float32(1.5), ValueError, r"Curve: t must lie in \[0, 1\], got 1.5"),
         (True, TypeError, "Curve: t must be a number or a tensor, got bool"),
     ):
         for call in (lambda t=t: curve(x, t=t), lambda t=t: curve.weights(t), lambda t=t: curve.module_at(t)):
