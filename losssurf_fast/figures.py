@@ -2,6 +2,8 @@
 
 import os
 
+import numpy as np
+
 from losssurf_fast.files import write_atomically
 
 
@@ -24,3 +26,9 @@ def finish(figure, path: str | os.PathLike | None = None, *, framed: bool = Fals
 def save_figure(figure, path: str | os.PathLike) -> None:
     """In the format of the path's suffix: png, pdf, svg ..."""
     write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=150))
+
+
+def note_without_values(axes, values) -> None:
+    """Say so in a panel that stays empty because none of ``values`` is finite."""
+    if not np.isfinite(values).any():
+        axes.text(0.5, 0.5, "no finite values", transform=axes.transAxes, ha="center", va="center", color="#888888")

@@ -35,7 +35,7 @@ def kl_divergence(
 
     Raises:
         TypeError, ValueError: not a module, unknown prior, a prior_std that is no positive number, or a model without
-            such layers.
+            such layers or with one whose parameters are on the meta device.
     """
     if prior not in PRIORS:
         raise ValueError(f"kl_divergence: prior must be one of {PRIORS}, got {prior!r}")
@@ -49,6 +49,11 @@ def kl_divergence(
             f"kl_divergence: {type(model).__name__} has no stochastic layers; convert it with lsf.to_lrt first"
         )
     layers = list({id(layer.scale): layer for layer in layers}.values())  # tied ones share their scale
+    if any(t is not None and t.is_meta for layer in layers for t in (layer.scale, layer.weight)):
+        raise ValueError(
+            f"kl_divergence: {type(model).__name__} must hold values, got tensors on the meta device (a Curve's module "
+            "has its weights in `with curve.at(t):`, or from a forward to its backward)"
+        )
     if prior == "normal":
         return _normal(layers, prior_std)
     family = ops.kl_ard if prior == "ard" else functools.partial(ops.kl_log_uniform, exact=exact)

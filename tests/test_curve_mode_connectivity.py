@@ -139,6 +139,7 @@ def test_refusals():
     fits = "from_mode_connectivity: the checkpoint does not fit model: Curve: "
     for loaded, error, message in (
         ([state], TypeError, "from_mode_connectivity: checkpoint must be a state_dict, got list"),
+        ("checkpoint.pt", TypeError, "checkpoint must be a state_dict, got str; torch.load it first"),
         (Base().state_dict(), ValueError, r"checkpoint must have net.<layer>.weight_0, _1 ..., got bends \[\]"),
         (without(state, *bends), ValueError, r"got bends \[0, 2\]"),
         (without(state, "net.fc.bias_1"), ValueError, fits + r"models\[1\] must have .* it lacks fc.bias"),

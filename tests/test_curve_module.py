@@ -1,7 +1,11 @@
 """Curve: networks of every kind against an independent formula, through functional_call, in float64."""
 
+import copy
+import io
 import math
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from common import F64
@@ -236,7 +240,7 @@ def test_names_and_state_dict():
     curve = lsf.Curve(models, num_bends=4)
     names = [n for n, _ in models[0].named_parameters()]
     assert {n for n, _ in curve.named_parameters()} == {f"bends.{j}.{n}" for j in range(4) for n in names}
-    assert set(curve.state_dict()) == {n for n, _ in curve.named_parameters()}
+    assert set(curve.state_dict()) == {n for n, _ in curve.named_parameters()} | {"_extra_state"}
     models, x = two("convolutional")
     curve, other = lsf.Curve(models), lsf.Curve(models[::-1])
     curve(x).sum().backward()
@@ -250,6 +254,22 @@ def test_names_and_state_dict():
     assert torch.equal(other(x, t=0.4), lsf.Curve(models).eval()(x, t=0.4))
     with pytest.raises(RuntimeError, match="bends.1.0.weight"):
         other.load_state_dict({k: v for k, v in curve.state_dict().items() if k != "bends.1.0.weight"})
+
+
+def test_a_state_dict_of_another_kind_is_refused():
+    (a, b), x = two("linear")
+    chain, bezier = lsf.Curve([a, b], kind="polychain"), lsf.Curve([b, a])
+    before = copy.deepcopy(bezier.state_dict())
+    with pytest.raises(ValueError, match="Curve: the state_dict must be of kind 'bezier', it is of 'polychain'"):
+        bezier.load_state_dict(chain.state_dict())
+    for name, value in before.items():
+        assert torch.equal(bezier.state_dict()[name], value)
+    file = io.BytesIO()
+    torch.save(chain.state_dict(), file)
+    file.seek(0)
+    other = lsf.Curve([b, a], kind="polychain")
+    other.load_state_dict(torch.load(file, weights_only=True))
+    assert torch.equal(other(x, t=0.4), chain(x, t=0.4))
 
 
 def test_gradient_to_t_and_gradcheck():
@@ -351,6 +371,8 @@ def test_t_given_as_number_or_tensor():
     curve = lsf.Curve(models)
     assert torch.equal(curve(x, t=0.3), curve(x, t=torch.tensor(0.3, dtype=F64)))
     assert torch.equal(curve(x, t=0.5), curve(x, t=torch.tensor([0.5])))  # as dnn-mode-connectivity gives it
+    for t in (np.float32(0.25), np.float64(0.25), np.int64(1), Fraction(1, 4)):
+        assert torch.equal(curve(x, t=t), curve(x, t=float(t)))
     for t, error, message in (
         (1.5, ValueError, r"Curve: t must lie in \[0, 1\], got 1.5"),
         (torch.tensor(-0.5), ValueError, r"Curve: t must lie in \[0, 1\], got -0.5"),
@@ -358,6 +380,8 @@ def test_t_given_as_number_or_tensor():
         (torch.tensor([0.1, 0.2]), ValueError, r"Curve: t must be a number or a tensor of one, got shape \(2,\)"),
         (torch.tensor(1), TypeError, "Curve: t must have a floating dtype"),
         ("half", TypeError, "Curve: t must be a number or a tensor, got str"),
+        (0.5j, TypeError, "Curve: t must be a number or a tensor, got complex"),
+        (np.float32(1.5), ValueError, r"Curve: t must lie in \[0, 1\], got 1.5"),
         (True, TypeError, "Curve: t must be a number or a tensor, got bool"),
     ):
         for call in (lambda t=t: curve(x, t=t), lambda t=t: curve.weights(t), lambda t=t: curve.module_at(t)):

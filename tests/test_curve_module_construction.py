@@ -1,6 +1,8 @@
 """Curve: from modules, wrapped ones and state_dicts; what is refused, with the tensor's name."""
 
 import copy
+import functools
+import math
 
 import pytest
 import torch
@@ -111,6 +113,35 @@ def test_values_are_cast_to_the_network():
     inference(torch.randn(2, 3)).sum().backward()
 
 
+def test_strides_are_the_networks():
+    """Of channels-last weights: torch would rearrange others in every forward."""
+    conv = lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).to(memory_format=torch.channels_last)
+    models = pair(conv)
+    contiguous = [copy.deepcopy(m).to(memory_format=torch.contiguous_format) for m in models]
+    expected, x = lsf.Curve(contiguous), torch.randn(2, 3, 5, 5)
+    for ends in (models, [models[0], contiguous[1]], [m.state_dict() for m in contiguous]):
+        curve = lsf.Curve(ends, model=models[0])
+        for weight in [bend.get_parameter("0.weight") for bend in curve.bends] + [curve.weights(0.3)["0.weight"]]:
+            assert weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+        torch.testing.assert_close(curve(x, t=0.3), expected(x, t=0.3))
+    curve(x, t=0.3).square().sum().backward(), expected(x, t=0.3).square().sum().backward()
+    pairs = zip(curve.bends[1].parameters(), expected.bends[1].parameters(), strict=True)
+    for p, q in pairs:
+        torch.testing.assert_close(p.grad, q.grad)
+        assert p.grad.stride() == p.stride()
+    torch.testing.assert_close(curve.length(), expected.length())
+
+
+def test_the_same_layers_behind_wrappers():
+    """A layer's name is that of the one inside; one layer in two places is like two layers."""
+    models = pair()
+    models[1][2] = torch.compile(models[1][2], backend="eager")
+    lsf.Curve(models)
+    shared = nn.ReLU()
+    one = nn.Sequential(nn.Linear(4, 4), shared, nn.Linear(4, 4), shared)
+    lsf.Curve([one, nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU())])
+
+
 def test_models_are_not_touched():
     models = pair()
     flags = [(p, p.requires_grad, p.data_ptr()) for m in models for p in m.parameters()]
@@ -120,14 +151,46 @@ def test_models_are_not_touched():
     assert all(isinstance(m[0]._parameters["weight"], nn.Parameter) for m in models)
 
 
-class Hidden(nn.Module):
-    def __init__(self):
+class Holder:
+    pass
+
+
+class Hides(nn.Module):
+    """Keeps what ``keep`` makes of it where a curve's weights do not come."""
+
+    def __init__(self, keep):
         super().__init__()
         self.layer = nn.Linear(4, 2)
-        self.all = [self.layer.weight]
+        self.kept = keep(self)
 
     def forward(self, x):
-        return x @ self.all[0].T
+        return self.layer(x)
+
+
+def in_object(model):
+    holder = Holder()
+    holder.weight = model.layer.weight
+    return holder
+
+
+def wrapped(model):
+    inner = lambda x: model.layer(x)
+    return {"call": lambda x: inner(x)}
+
+
+def hidden():
+    past = "Curve: the network holds layer.weight past its modules' own parameters"
+    own = "Curve: Hides.kept refers to the model's own parameters or modules"
+    cases = [
+        (past, lambda m: [m.layer.weight]),
+        (past, lambda m: {"a": [(m.layer.weight,)]}),
+        (past, in_object),
+        (past, lambda m: functools.partial(torch.matmul, m.layer.weight)),
+        (own, lambda m: lambda x: x @ m.layer.weight.T),
+        (own, wrapped),
+        (own, lambda m: m.layer.weight.T),
+    ]
+    return [(NotImplementedError, message, [Hides(keep), Hides(keep)], {}) for message, keep in cases]
 
 
 class Constant(nn.Module):
@@ -146,6 +209,12 @@ class OnlyIntegers(nn.Module):
 def other_dtype():
     model = net()
     model[0].weight = nn.Parameter(torch.randn(5, 4, dtype=torch.complex64))
+    return model
+
+
+def broken(model, value):
+    model = copy.deepcopy(model)
+    model[3].bias.data[1] = value
     return model
 
 
@@ -195,6 +264,20 @@ def refusals():
         (ValueError, given(1, "must have .* it has 4.weight, 4.bias besides"), [a, more], {}),
         (ValueError, given(1, "must have .* it lacks 0.weight and has 0.param"), [a, normed], {}),
         (ValueError, given(1, "2 must be Tanh like the curve's, got ReLU"), [a, other_layer(b)], {}),
+        (
+            ValueError,
+            given(1, "4 must be absent like the curve's, got ReLU"),
+            [a, copy.deepcopy(b).append(nn.ReLU())],
+            {},
+        ),
+        (
+            ValueError,
+            given(1, "4 must be ReLU like the curve's, got none"),
+            [copy.deepcopy(a).append(nn.ReLU()), b],
+            {},
+        ),
+        (ValueError, given(1, ".* must be finite, got NaN or inf in 3.bias"), [a, broken(b, math.nan)], {}),
+        (ValueError, given(0, ".* must be finite, got NaN or inf in 3.bias"), [broken(a, -math.inf), s], {}),
         (TypeError, given(1, "0.weight must be like torch.float32, got torch.complex64"), [a, other_dtype()], {}),
         (
             ValueError,
@@ -205,6 +288,12 @@ def refusals():
         (ValueError, equal.format(2), [a, copy.deepcopy(a)], {}),
         (ValueError, equal.format(3), [a, a, a], {}),
         (ValueError, equal.format(2), [a, other("1.running_mean", torch.ones(5))], {}),  # buffers are no distance
+        (
+            ValueError,
+            given(1, "the model's weights must be finite, got NaN or inf in 0.weight"),
+            [a.state_dict(), other("0.weight", s["0.weight"] + 1e6)],
+            {"model": net().half()},
+        ),
         (ValueError, "Curve: weight is lazy; run the model once", [lazy, lazy], {}),
         (ValueError, given(1, "weight must hold values, got a lazy tensor"), [nn.Linear(2, 2), lazy], {}),
         (ValueError, "Curve: 0.weight must hold values, got a tensor on the meta", [meta, b], {}),
@@ -219,7 +308,7 @@ def refusals():
             {},
         ),
         (TypeError, "Curve: weight must have a dtype of .*, got torch.float8_e4m3fn", [eight, eight], {}),
-        (NotImplementedError, "Curve: Hidden.all holds a parameter past the module's", [Hidden(), Hidden()], {}),
+        *hidden(),
     ]
 
 
@@ -236,3 +325,15 @@ def test_repr_and_shapes_without_a_forward():
     assert curve.module[0].weight.is_meta and curve.module[0].weight.shape == (5, 4)
     with pytest.raises((RuntimeError, NotImplementedError)):
         curve.module(torch.randn(3, 4))  # not with wrong weights
+
+
+class Scaled(nn.Linear):
+    def forward(self, x, t=None):
+        return super().forward(x) * (1 if t is None else t)
+
+
+def test_an_argument_t_of_the_networks_own_is_warned_of():
+    with pytest.warns(UserWarning, match="Curve: Scaled.forward has an argument t, .* pass the network's by position"):
+        curve = lsf.Curve([Scaled(3, 2), Scaled(3, 2)])
+    x = torch.randn(4, 3)
+    torch.testing.assert_close(curve(x, 2.0, t=0.5), 2 * curve.module_at(0.5)(x))

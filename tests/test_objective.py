@@ -167,3 +167,15 @@ def test_elbo_loss_lets_a_network_learn():
 def test_errors(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_parameters_without_values_are_refused():
+    """A curve's module outside of its blocks: the divergence would be a tensor without a value."""
+    curve = lsf.Curve([net("additive"), net("additive")])
+    with curve.at(0.3) as module:
+        inside = lsf.kl_divergence(module)
+    torch.testing.assert_close(inside, lsf.kl_divergence(curve.module_at(0.3)).detach())
+    for model in (curve.module, net("neuron").to("meta"), net("variance").to("meta")):
+        for prior in ("log_uniform", "normal"):
+            with pytest.raises(ValueError, match="kl_divergence: Sequential must hold values, got tensors on the meta"):
+                lsf.kl_divergence(model, prior)

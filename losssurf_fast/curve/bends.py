@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import weakref
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -63,12 +64,27 @@ class Places:
     Construction takes the Parameters out of the model; :meth:`install` puts plain tensors in their place, which stay
     until the next call. So whatever reads an attribute later, as activation checkpointing does in backward, finds
     what forward found. Where nothing is installed there are tensors on the meta device, which have the shapes alone.
+
+    Raises:
+        NotImplementedError: the model keeps a Parameter elsewhere, too, and would go on reading it.
     """
 
     def __init__(self, model: nn.Module):
         self._places: dict[str, list[tuple[nn.Module, str]]] = {}
         self._nothing: dict[str, torch.Tensor] = {}
+        self._block: dict[str, torch.Tensor] | None = None
+        taken = self._take_out(model)
+        self.install(None)
+        for name, parameter in taken.items():
+            if parameter() is not None:
+                raise NotImplementedError(
+                    f"Curve: the network holds {name} past its modules' own parameters; the weights of the curve would "
+                    "not reach it there"
+                )
+
+    def _take_out(self, model: nn.Module) -> dict[str, weakref.ref]:
         names: dict[int, str] = {}
+        taken = {}
         for prefix, module in model.named_modules():
             for leaf, parameter in list(module._parameters.items()):
                 if parameter is None or not combined(parameter):
@@ -76,53 +92,71 @@ class Places:
                 name = names.setdefault(id(parameter), plain_name(f"{prefix}.{leaf}" if prefix else leaf))
                 self._places.setdefault(name, []).append((module, leaf))
                 self._nothing[name] = torch.empty_like(parameter, device="meta", requires_grad=False)
+                taken[name] = weakref.ref(parameter)
                 del module._parameters[leaf]
-        self.install(None)
+        return taken
 
-    def install(self, weights: dict[str, torch.Tensor] | None) -> None:
-        """Let the model read ``weights``; None leaves it without."""
+    def install(self, weights: dict[str, torch.Tensor] | None, registered: bool = False) -> None:
+        """Let the model read ``weights``; None leaves it without.
+
+        ``registered`` shows them as its parameters: its forward may ask ``next(self.parameters()).dtype``.
+        """
         for name, weight in (self._nothing if weights is None else weights).items():
             for module, leaf in self._places[name]:
-                shown = module._parameters.pop(leaf, None)
+                module._parameters.pop(leaf, None)
                 if type(module).__setattr__ is nn.Module.__setattr__:
                     module.__dict__[leaf] = weight  # as that would, but for its search for what to replace
                 else:
                     setattr(module, leaf, weight)  # an LSTM keeps a list of them, too
-                if shown is not None:
+                if registered:
                     module._parameters[leaf] = weight
-        self.installed = weights
+        self.installed, self.registered = weights, registered
+
+    def hide(self) -> None:
+        """Leave what is installed, no longer as parameters."""
+        for places in self._places.values():
+            for module, leaf in places:
+                module._parameters.pop(leaf, None)
+        self.registered = False
+
+    @property
+    def in_block(self) -> bool:
+        return self._block is not None
 
     @contextlib.contextmanager
     def installed_for(self, weights: dict[str, torch.Tensor]) -> Iterator[None]:
         """Install for a block, after which the model has what it had before."""
-        before = self.installed
-        self.install(weights)
-        try:
-            with self.registered():
-                yield
-        finally:
-            self.install(before)
-
-    @contextlib.contextmanager
-    def registered(self) -> Iterator[None]:
-        """Show what is installed as the model's parameters: its forward may ask ``next(self.parameters()).dtype``."""
-        shown = [(m._parameters, leaf, w) for n, w in self.installed.items() for m, leaf in self._places[n]]
-        shown = [(parameters, leaf, w) for parameters, leaf, w in shown if leaf not in parameters]  # a block around us
-        for parameters, leaf, weight in shown:
-            parameters[leaf] = weight
+        before, block = (self.installed, self.registered), self._block
+        self._block = weights
+        self.install(weights, registered=True)
         try:
             yield
         finally:
-            for parameters, leaf, _ in shown:
-                parameters.pop(leaf, None)
+            self._block = block
+            self.install(*before)
+
+    def free(self) -> None:
+        """Let go of what was installed for no block: the innermost block's weights are back, outside of one none."""
+        if self.installed is not self._block:
+            self.install(self._block, self.in_block)
+
+    def forget(self, weights: dict[str, torch.Tensor]) -> None:
+        """:meth:`free` if these are what is installed."""
+        if self.installed is weights:
+            self.free()
+
+    def clear(self) -> None:
+        """Let go of all, those of blocks among it."""
+        self._block = None
+        self.install(None)
 
     def model_with(self, model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> nn.Module:
         """A copy of ``model``, the one of construction, with these Parameters."""
-        before = self.installed
+        before = self.installed, self.registered
         self.install(None)
         copies = computed_in(model)
         result = copy.deepcopy(model, copies)
-        self.install(before)
+        self.install(*before)
         for name, parameter in parameters.items():
             for module, leaf in self._places[name]:
                 setattr(copies[id(module)], leaf, parameter)

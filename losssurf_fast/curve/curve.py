@@ -14,12 +14,13 @@ from torch import nn
 from losssurf_fast._library import composite_needed
 from losssurf_fast.averaging import tensors
 from losssurf_fast.averaging.ensemble import Ensemble
+from losssurf_fast.averaging.mesh import require_finite
 from losssurf_fast.averaging.swap import restored
 from losssurf_fast.curve import endpoints, sharding
 from losssurf_fast.curve.bends import Bends, Places, combined, parameter_tree
 from losssurf_fast.curve.geometry import T_SAMPLINGS, Geometry, as_points, even_points
-from losssurf_fast.curve.recompute import in_backward, prepare_backward
-from losssurf_fast.ops.curve import check_kind, check_t, curve_coefficients, curve_weights
+from losssurf_fast.curve.recompute import at_end_of_backward, in_backward, prepare_backward
+from losssurf_fast.ops.curve import KINDS, as_tensor, check_kind, check_t, curve_coefficients, curve_weights
 
 _NAME = "Curve"
 _STRATIFIED = "sharded bends need t_per_rank='same', got 'stratified'"
@@ -38,7 +39,8 @@ class Curve(nn.Module):
             optimizer.zero_grad(), loss.backward(), optimizer.step()
         middle = curve.module_at(0.5)                        # a network of its own
 
-    Bends are Parameters with the weights' shapes and dtypes, ``bends.<j>.<name>`` in the state_dict; a parameter that
+    Bends are Parameters with the weights' shapes and dtypes, ``bends.<j>.<name>`` in the state_dict, where
+    ``_extra_state`` is the kind, so that weights of a chain do not load as a bezier curve's; a parameter that
     is tied, frozen, complex, or computed from others (``parametrize``) in the network is so in each. Parameters of
     integers and buffers are not combined: they are the first model's, in ``module``. That is the network, without
     parameters of its own except within :meth:`at`. BatchNorm's running statistics belong to no t: train mode updates
@@ -59,7 +61,7 @@ class Curve(nn.Module):
         models: two end points, or all K bends: modules (DistributedDataParallel and torch.compile are taken off),
             averages of them (AveragedModel, SWAG) or tensors by name, such as state_dicts of any of these.
             Tensors are paired by name and cast to the network's devices and dtypes. Sharded ones are gathered, on all
-            ranks together.
+            ranks together. Layers are compared by type alone: strides, slopes and the like are those of ``model``.
         kind: "bezier" or "polychain".
         num_bends: K, at least 2; the ends count.
         fix_start, fix_end: keep that end point as it is (``requires_grad=False``).
@@ -73,7 +75,7 @@ class Curve(nn.Module):
 
     Raises:
         TypeError, ValueError: an argument is not as above, or models differ in names, shapes, kinds of dtypes or
-            layers, hold no values, or are equal (a path of length zero). The message names the tensor.
+            layers, hold no values, NaN or inf, or are equal (a path of length zero). The message names the tensor.
         NotImplementedError: the network keeps a parameter where the curve's weights would not reach it.
     """
 
@@ -110,9 +112,8 @@ class Curve(nn.Module):
         self.kind, self.num_bends, self.t_per_rank, self.t_sampling = kind, num_bends, t_per_rank, t_sampling
         self._frozen = frozen = frozenset(n for n, p in parameters.items() if not p.requires_grad)
         trees = []
-        for j in range(num_bends):
+        for j, values in enumerate(_bends(points, parameters, num_bends)):
             fixed = (j == 0 and fix_start) or (j == num_bends - 1 and fix_end)
-            values = _bend(points, parameters, j, num_bends)
             trees.append(parameter_tree({n: nn.Parameter(v, not fixed and n not in frozen) for n, v in values.items()}))
         self.bends = nn.ModuleList(trees)
         self.module = endpoints.copy_of(template)
@@ -160,7 +161,7 @@ class Curve(nn.Module):
         if found.numel() != 1:
             raise ValueError(f"{_NAME}: t must be a number or a tensor of one, got shape {tuple(found.shape)}")
         if not isinstance(t, torch.Tensor):
-            found = torch.tensor(t, dtype=torch.float64)  # float32 would move a float64 network
+            found = as_tensor(t, torch.float64)  # float32 would move a float64 network
         return found.reshape(()).to(self._bends.first().device)
 
     def sample_t(self) -> torch.Tensor:
@@ -231,21 +232,32 @@ class Curve(nn.Module):
     def forward(self, *args, t: float | torch.Tensor | None = None, **kwargs):
         """``module(*args, **kwargs)`` with the weights at ``t``, a number or a 0-d tensor; None draws one.
 
-        Compile with tensors for t: each number is a graph of its own.
+        A ``t`` of the network's own must come by position: a warning at the curve's construction says so. A t outside
+        [0, 1] is refused where it can be seen: a tensor on another device than the CPU is not looked at, nor one in a
+        compiled graph, and the curve goes on past its ends there. Compile with tensors for t: each number is a graph of
+        its own.
         """
         if t is None and self.t_per_rank == "stratified" and sharding.is_sharded(self._bends.first()):
             raise ValueError(f"{_NAME}: {_STRATIFIED}")
         t = self.sample_t() if t is None else self._as_t(t)
-        weights = self._weights(t)
         passing = torch.compiler.is_compiling() or composite_needed() or not torch.is_grad_enabled()
+        again = not passing and in_backward()  # activation checkpointing around the curve
+        self._last_weights = None
+        if not passing and not again:
+            self._places.free()  # before there are new ones
+        weights = self._weights(t)
         self._last_t, self._last_weights = t, None if passing else weights
-        if passing or in_backward():  # where activation checkpointing runs the curve again
+        if again:
+            at_end_of_backward(functools.partial(self._forget, weights))
+        if passing or again or self._places.in_block:
             with self._places.installed_for(weights):
                 outputs = self.module(*args, **kwargs)
         else:
-            self._places.install(weights)
-            with self._places.registered():
+            self._places.install(weights, registered=True)
+            try:
                 outputs = self.module(*args, **kwargs)
+            finally:
+                self._places.hide()
         if not passing:
             prepare_backward(self, t, weights, outputs)
         return outputs
@@ -311,7 +323,12 @@ class Curve(nn.Module):
     def release(self) -> None:
         """Free the last forward's weights, which backward of an activation checkpoint inside the network needs."""
         self._last_weights = None
-        self._places.install(None)
+        self._places.clear()
+
+    def _forget(self, weights: dict[str, torch.Tensor]) -> None:
+        """After a backward :meth:`l2` makes new ones: an optimizer may move the bends, and their graph is gone."""
+        if self._last_weights is weights:
+            self._last_weights = None
 
     # ---- the module -------------------------------------------------------------------------------------------------
 
@@ -345,20 +362,31 @@ class Curve(nn.Module):
     def _replicate_for_data_parallel(self):
         raise NotImplementedError(f"{_NAME}: nn.DataParallel is not supported; use DistributedDataParallel")
 
+    def get_extra_state(self) -> torch.Tensor:
+        """The kind's number, as a tensor, which distributed checkpoints and safetensors take."""
+        return torch.tensor(KINDS.index(self.kind))
+
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        if int(state) != KINDS.index(self.kind):
+            found = KINDS[int(state)] if 0 <= int(state) < len(KINDS) else int(state)
+            raise ValueError(f"{_NAME}: the state_dict must be of kind {self.kind!r}, it is of {found!r}")
+
     def extra_repr(self) -> str:
         fixed = [j for j, bend in enumerate(self.bends) if not any(p.requires_grad for p in bend.parameters())]
         how = f"t_per_rank={self.t_per_rank!r}, t_sampling={self.t_sampling!r}"
         return f"kind={self.kind!r}, num_bends={self.num_bends}, fixed={fixed}, {how}"
 
 
-def _bend(
-    points: list[dict[str, torch.Tensor]], like: Mapping[str, torch.Tensor], j: int, num_bends: int
-) -> dict[str, torch.Tensor]:
-    """New tensors of bend j, from all bends or from the ends, on the devices and in the dtypes of ``like``."""
-    at = lambda point: {name: point[name].to(p, copy=True).contiguous() for name, p in like.items()}
-    if len(points) == num_bends:
-        return at(points[j])
-    if j in (0, num_bends - 1):
-        return at(points[min(j, 1)])
-    first, last = at(points[0]), at(points[1])
-    return {name: torch.lerp(p, last[name], j / (num_bends - 1)) for name, p in first.items()}
+def _bends(
+    points: list[dict[str, torch.Tensor]], like: Mapping[str, torch.Tensor], num_bends: int
+) -> list[dict[str, torch.Tensor]]:
+    """New tensors of all bends, from all or the ends, with the devices, dtypes and strides of ``like``."""
+    given = []
+    for i, point in enumerate(points):
+        given.append({name: torch.empty_like(p).copy_(point[name]) for name, p in like.items()})
+        require_finite(f"{_NAME}: models[{i}]", given[i])
+    if len(given) == num_bends:
+        return given
+    first, last = given
+    between = lambda t: {name: torch.lerp(p, last[name], t) for name, p in first.items()}
+    return [first, *(between(j / (num_bends - 1)) for j in range(1, num_bends - 1)), last]

@@ -1,7 +1,11 @@
 """What a curve is made from: networks or state_dicts as weights by name, looked through before anything is built."""
 
+import contextlib
 import copy
-from collections.abc import Mapping, Sequence
+import inspect
+import types
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -47,6 +51,12 @@ def template_of(models: Sequence[nn.Module | Mapping], model: nn.Module | None) 
             raise ValueError(f"{_NAME}: {name} is sharded; give the whole module as model=, and shard the curve")
         if p.is_floating_point() and p.dtype not in CURVE_DTYPES:
             raise TypeError(f"{_NAME}: {name} must have a dtype of {CURVE_DTYPES}, got {p.dtype}")
+    if "t" in inspect.signature(found.forward).parameters:
+        warnings.warn(
+            f"{_NAME}: {type(found).__name__}.forward has an argument t, which curve(..., t=) takes for the place on "
+            "the curve; pass the network's by position",
+            stacklevel=3,
+        )
     if not any(combined(p) for p in parameters.values()):
         raise ValueError(f"{_NAME}: {type(found).__name__} has no floating parameters to combine")
     return found
@@ -77,14 +87,14 @@ def weights_of(models: Sequence[nn.Module | Mapping], template: nn.Module) -> li
 
 
 def copy_of(template: nn.Module) -> nn.Module:
-    """A copy that shares the parameters to combine, for :class:`Places` to take out.
+    """A copy with parameters on the meta device instead of those to combine, for :class:`Places` to take out.
 
     Raises:
-        NotImplementedError: a module keeps one of them in a list or dict of its own, which would go on reading it.
+        NotImplementedError: the copy would go on reading the template's own parameters or modules.
     """
-    memo = {id(p): p for p in template.parameters() if combined(p)}
-    for module in template.modules():
-        _refuse_hidden(module, memo)
+    parameters = {id(p): p for p in template.parameters() if combined(p)}
+    _refuse_hidden(template, parameters)
+    memo = {key: nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for key, p in parameters.items()}
     return copy.deepcopy(template, memo | computed_in(template))
 
 
@@ -111,24 +121,45 @@ def _equal(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> bool
 def _check_layers(caller: str, model: nn.Module, template: nn.Module) -> None:
     """Refuse other layers under the same names, which have no parameters to tell them apart: ReLU for Tanh."""
     wanted, found = _leaves(template), _leaves(model)
-    for name in wanted.keys() & found.keys():
-        if wanted[name] != found[name]:
-            raise ValueError(f"{caller}: {name or 'it'} must be {wanted[name]} like the curve's, got {found[name]}")
+    for name in {**wanted, **found}:
+        expected, got = wanted.get(name, "absent"), found.get(name, "none")
+        if expected != got:
+            raise ValueError(f"{caller}: {name or 'it'} must be {expected} like the curve's, got {got}")
 
 
 def _leaves(model: nn.Module) -> dict[str, str]:
-    named = {tensors.plain_name(n): m for n, m in model.named_modules() if not m._modules}
+    leaves = [(n, m) for n, m in model.named_modules(remove_duplicate=False) if not m._modules]
+    named = {tensors.plain_name(f"{n}.").removesuffix("."): m for n, m in leaves}  # a wrapper's name ends in a dot
     kind = lambda m: type(m).__name__.removeprefix("FSDP") if isinstance(m, FSDPModule) else type(m).__name__
     return {name: kind(m) for name, m in named.items()}
 
 
-def _refuse_hidden(module: nn.Module, parameters: Mapping[int, nn.Parameter]) -> None:
-    for attribute, value in vars(module).items():
-        if attribute in ("_parameters", "_flat_weights"):  # the latter is an LSTM's, which keeps it up to date
-            continue
-        held = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
-        if any(id(item) in parameters for item in held):
-            raise NotImplementedError(
-                f"{_NAME}: {type(module).__name__}.{attribute} holds a parameter past the module's own; the weights "
-                "of the curve would not reach it"
-            )
+def _refuse_hidden(template: nn.Module, parameters: Mapping[int, nn.Parameter]) -> None:
+    """Refuse what deepcopy would leave with the template: views of parameters, and what functions have captured."""
+    live = {*parameters, *(id(m) for m in template.modules() if any(id(p) in parameters for p in m.parameters()))}
+    for module in template.modules():
+        if isinstance(module, torch._dynamo.OptimizedModule):
+            continue  # its copy compiles anew
+        for attribute, value in vars(module).items():
+            if "state_dict" in attribute:  # hooks of saving and loading
+                continue
+            held = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
+            reached = [t._base for t in held if isinstance(t, torch.Tensor)] + _captured(held)
+            if any(id(item) in live for item in reached):
+                raise NotImplementedError(
+                    f"{_NAME}: {type(module).__name__}.{attribute} refers to the model's own parameters or modules, "
+                    "also in copies of the model; the weights of the curve would not reach it"
+                )
+
+
+def _captured(held: Iterable) -> list:
+    """What functions among ``held`` have captured, and functions that these have captured."""
+    found, seen, waiting = [], set(), [f for f in held if isinstance(f, types.FunctionType)]
+    while waiting:
+        function = waiting.pop()
+        seen.add(function)
+        for cell in function.__closure__ or ():
+            with contextlib.suppress(ValueError):  # an empty one
+                found.append(cell.cell_contents)
+        waiting += [f for f in found if isinstance(f, types.FunctionType) and f not in seen]
+    return found

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from losssurf_fast import peer_fields
-from losssurf_fast.figures import finish, new_figure
+from losssurf_fast.figures import finish, new_figure, note_without_values
 from losssurf_fast.files import load_arrays, save_arrays
 
 _STATISTICS = {"min": "min", "max": "max", "avg": "mean", "int": "integral"}
@@ -52,7 +52,10 @@ class Profile:
 
     @property
     def barrier(self) -> float:
-        """How far the path rises above the higher one of its ends (the first and last point); at least 0."""
+        """How far the path rises above the higher one of its ends (the first and last point); at least 0.
+
+        (Not above the straight line between the ends' values, from which some papers measure it.)
+        """
         return self.max - max(float(self.values[0]), float(self.values[-1]))
 
 
@@ -67,8 +70,8 @@ class CurveReport:
         ts: ``[T]`` places on the curve.
         dl: ``[T]`` distances between a point and the one before, over parameters; ``dl[0]`` is 0.
         norms: ``[T]`` lengths of the vectors w(t); NaN where a file does not say.
-        values: by loader and metric ``[T]``: "loss" with the L2 term, "nll" without, "error" where targets were class
-            labels, and the extra metrics.
+        values: by loader and metric ``[T]``: "loss" with the L2 term; "nll" (dnn-mode-connectivity's word) without,
+            whatever ``loss_fn`` is; "error" where targets were class labels; and the extra metrics.
         weight_decay: that of the L2 term; NaN where a file does not say.
     """
 
@@ -87,12 +90,12 @@ class CurveReport:
         return {metric: Profile(values, self.dl) for metric, values in self.values[loader].items()}
 
     def __str__(self) -> str:
-        """A table of all profiles, errors in percent; without L2 term nll and loss are the same and shown once."""
+        """A table of all profiles, errors in percent; without L2 term nll is the loss and not shown."""
         line = "{:22s}{:>10s}{:>10s}{:>10s}{:>10s}{:>10s}{:>10s}{:>10s}".format
         rows = [line("", "start", "end", "min", "max", "mean", "integral", "barrier")]
         for loader in self.values:
             for metric, profile in self[loader].items():
-                if metric == "loss" and self.weight_decay == 0:
+                if metric == "nll" and self.weight_decay == 0:
                     continue
                 unit, factor = (" (%)", 100) if metric == "error" else ("", 1)
                 ends = profile.values[0], profile.values[-1]
@@ -106,8 +109,9 @@ class CurveReport:
 
         ``ts``, ``dl``, and with the prefix ``tr_`` for the loader "train", ``te_`` for "test" and the own name for any
         other: ``loss``, ``nll``, ``err`` and ``acc`` (in percent) and the extra metrics under their names, each but
-        ``acc`` with ``_min``, ``_max``, ``_avg`` and ``_int``, the integral. Besides: ``norms``, ``weight_decay``, and
-        the names ``loaders`` and ``metrics``.
+        ``acc`` with ``_min``, ``_max``, ``_avg`` and ``_int``, the integral; an extra metric "acc" stands in its own
+        unit in place of that of the error. Besides: ``norms``, ``weight_decay``, and the names ``loaders`` and
+        ``metrics``.
         """
         arrays = {"ts": self.ts, "dl": self.dl, "norms": self.norms, "weight_decay": np.array(self.weight_decay)}
         metrics = list(dict.fromkeys(metric for found in self.values.values() for metric in found))
@@ -180,17 +184,21 @@ class CurveReport:
 
     def _panel(self, axes, x: np.ndarray, metric: str) -> None:
         factor = 100 if metric == "error" else 1
+        shown = [found[metric] for found in self.values.values() if metric in found]
+        note_without_values(axes, shown)
         for number, loader in enumerate(self.values):
             if metric not in self.values[loader]:
                 continue
             values, colour = factor * self.values[loader][metric], f"C{number}"
             axes.plot(x, values, color=colour, lw=1.8, label=loader)
+            finite = np.where(np.isfinite(values), values, np.nan)
             if np.isfinite(values).any():
-                for marker, i, above in (("v", np.nanargmin(values), -1), ("^", np.nanargmax(values), 1)):
+                for marker, i, above in (("v", np.nanargmin(finite), -1), ("^", np.nanargmax(finite), 1)):
                     axes.plot(x[i], values[i], marker, color=colour, ms=6, clip_on=False)
-                    side = {0: "left", len(x) - 1: "right"}.get(int(i), "center")
+                    place = (x[i] - x[0]) / (x[-1] - x[0])  # near an end a centred label would lie on the axis
+                    side, beside = ("left", 4) if place < 0.08 else ("right", -4) if place > 0.92 else ("center", 0)
                     axes.annotate(
-                        f"{values[i]:.3g}", (x[i], values[i]), (0, 6 * above), textcoords="offset points", ha=side,
+                        f"{values[i]:.3g}", (x[i], values[i]), (beside, 6 * above), textcoords="offset points", ha=side,
                         va="bottom" if above > 0 else "top", color=colour, fontsize=8,
                     )  # fmt: skip
         title = "loss with the L2 term" if metric == "loss" and self.weight_decay > 0 else metric
@@ -212,8 +220,6 @@ def check_names(caller: str, loaders: Iterable[str], metrics: Iterable[str]) -> 
                 raise TypeError(f"{caller}: loaders and metrics must have strings as names, got {loader!r}, {metric!r}")
             field = peer_fields.field(loader, metric)
             fields = {field, *(f"{field}_{s}" for s in _STATISTICS)}
-            if metric == "error":
-                fields.add(f"{peer_fields.prefix(loader)}_acc")
             if seen & fields:
                 raise ValueError(f"{caller}: two results would be called {min(seen & fields)!r}; rename {metric!r}")
             seen |= fields

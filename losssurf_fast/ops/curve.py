@@ -25,6 +25,7 @@ Floor per element, fp32, K = 3 with the inner bend trainable: forward reads 3 an
 1: 24 bytes; the gradient of t makes backward read all bends.
 """
 
+import numbers
 from collections.abc import Sequence
 
 import torch
@@ -74,18 +75,23 @@ def curve_coefficients(t: torch.Tensor | float, num_bends: int, kind: str = "bez
 
 def check_t(caller: str, t) -> torch.Tensor:
     """``t`` as a tensor, refused where it can be seen to lie outside [0, 1]."""
-    if isinstance(t, bool) or not isinstance(t, int | float | torch.Tensor | torch.SymFloat):
+    if isinstance(t, bool) or not isinstance(t, numbers.Real | torch.Tensor | torch.SymFloat):
         raise TypeError(f"{caller}: t must be a number or a tensor, got {type(t).__name__}")
     if not isinstance(t, torch.Tensor):
         if not 0 <= t <= 1:
             raise ValueError(f"{caller}: t must lie in [0, 1], got {t}")
-        return torch.tensor(t, dtype=torch.float32)
+        return as_tensor(t, torch.float32)
     if not t.is_floating_point():
         raise TypeError(f"{caller}: t must have a floating dtype, got {t.dtype}")
     visible = t.device.type == "cpu" and not torch.compiler.is_compiling() and not composite_needed()
     if visible and t.numel() and not (t.min() >= 0 and t.max() <= 1):  # NaN fails it, too
         raise ValueError(f"{caller}: t must lie in [0, 1], got {t.min().item():g} to {t.max().item():g}")
     return t
+
+
+def as_tensor(t: numbers.Real | torch.SymFloat, dtype: torch.dtype) -> torch.Tensor:
+    """A number as a tensor, of NumPy's or a fraction, too."""
+    return torch.tensor(t if isinstance(t, torch.SymFloat) else float(t), dtype=dtype)
 
 
 def check_kind(caller: str, num_bends: int, kind: str) -> None:

@@ -2,11 +2,12 @@
 
 import itertools
 import os
+import textwrap
 
 import numpy as np
 
 from losssurf_fast.figures import finish, new_figure
-from losssurf_fast.surface.measurements import Measurements
+from losssurf_fast.surface.measurements import Measurements, reading
 from losssurf_fast.surface.surface import Surface
 
 _COLOURS = "viridis_r"
@@ -42,8 +43,8 @@ def contour_figure(
 def shown(measurements: Measurements, metric: str | None) -> tuple[np.ndarray, str]:
     """A metric's array and name as a person reads them: errors in percent."""
     metric = measurements.metric("plot", metric)
-    values, name = measurements.values[metric], metric.replace("_", " ")
-    return (100 * values, f"{name} (%)") if name.endswith("error") else (values, name)
+    name, factor = reading(metric)
+    return factor * measurements.values[metric], name
 
 
 def contour_levels(finite: np.ndarray, *, log: bool, vmax: float | None) -> np.ndarray:
@@ -106,11 +107,17 @@ def _draw_paths(axes, surface: Surface) -> None:
 def _draw_marks(axes, surface: Surface) -> None:
     from matplotlib.patheffects import withStroke
 
+    near = 0.02 * max(np.ptp(surface.xs), np.ptp(surface.ys))
+    places: dict[tuple[float, float], list[str]] = {}
+    for label, at in surface.marks.items():
+        axes.plot(*at, "o", color="white", mec="black", mew=1.2, ms=7, zorder=6)
+        place = next((other for other in places if np.hypot(at[0] - other[0], at[1] - other[1]) < near), at)
+        places.setdefault(place, []).append(label)
     middle = (surface.xs[0] + surface.xs[-1]) / 2
-    for label, (x, y) in surface.marks.items():
-        axes.plot(x, y, "o", color="white", mec="black", mew=1.2, ms=7, zorder=6)
+    for (x, y), labels in places.items():
         side = -1 if x > middle else 1
+        text = textwrap.fill(", ".join(labels), 18, break_long_words=False)  # two of them fit side by side
         axes.annotate(
-            label, (x, y), xytext=(7 * side, 6), textcoords="offset points", ha="left" if side > 0 else "right",
+            text, (x, y), xytext=(7 * side, 6), textcoords="offset points", ha="left" if side > 0 else "right",
             fontsize=10, fontweight="bold", path_effects=[withStroke(linewidth=2.5, foreground="white")], zorder=7,
         )  # fmt: skip

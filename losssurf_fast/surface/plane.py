@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from losssurf_fast.arguments import check_number
+from losssurf_fast.arguments import check_int, check_number
 from losssurf_fast.averaging import tensors
 from losssurf_fast.curve import Curve
 from losssurf_fast.curve.geometry import even_points
@@ -50,6 +50,7 @@ class Plane:
         marks: coordinates of the points that made it, by label.
         box: ((x_low, x_high), (y_low, y_high)), what a grid without margins covers.
         trajectories: what :meth:`evaluate` records besides, by label.
+        explained_variance: of a plane of principal components, the shares of the networks' variance along x and y.
     """
 
     def __init__(self, caller: str, origin: Weights, u: Weights, v: Weights, *, blur: float, problem: str):
@@ -65,6 +66,7 @@ class Plane:
         self.marks: dict[str, tuple[float, float]] = {}
         self.trajectories: dict[str, Projection] = {}
         self.box = ((0.0, 0.0), (0.0, 0.0))
+        self.explained_variance: tuple[float, float] | None = None
 
     @classmethod
     def through(cls, w1, w2, w3, *, labels: Sequence[str] = ("w1", "w2", "w3"), model: nn.Module | None = None) -> Self:
@@ -116,6 +118,7 @@ class Plane:
             TypeError, ValueError, NotImplementedError: as for :meth:`through`, and where normalization leaves nothing.
         """
         caller = "Plane.random"
+        check_int(caller, "seed", seed, -(2**63))
         extent = check_number(caller, "extent", extent, positive=True)
         (w,), _ = common_weights(caller, {"center": center}, model)
         u, v = (random_direction(caller, w, seed, number, normalization) for number in (0, 1))
@@ -172,12 +175,13 @@ class Plane:
         weights, eps = common_weights(caller, points, model)
         mean = combine(weights, [1 / len(weights)] * len(weights))
         deviations = [difference(w, mean) for w in weights]
-        _, vectors = torch.linalg.eigh(gram(deviations))
+        values, vectors = torch.linalg.eigh(gram(deviations))
         u, v = (combine(deviations, vectors[:, -k].tolist()) for k in (1, 2))
         plane = cls(
             caller, mean, u, v, blur=eps * norm(mean),
             problem="the networks of trajectory must span a plane, they lie on one line",
         )  # fmt: skip
+        plane.explained_variance = tuple((values[[-1, -2]] / values.sum()).tolist())
         path = np.array([plane.project(w) for w in weights])
         plane.trajectories = {label: Projection(path, path[:0])}
         plane._cover(path[:, :2].tolist())
@@ -286,6 +290,9 @@ class Plane:
         }  # fmt: skip
         walk = Walk(caller, model, loader, **arguments)
         here = self._on(walk)
+        if not isinstance(trajectories, Mapping | None):
+            wanted = "a mapping from labels to Curves or lists of networks"
+            raise TypeError(f"{caller}: trajectories must be {wanted}, got {type(trajectories).__name__}")
         seen = {label: self.trajectory(t, model=model) for label, t in (trajectories or {}).items()}
         xs, ys = axis(*self.box[0], shape[0], (left, right)), axis(*self.box[1], shape[1], (bottom, top))
         grid = {"points": shape, "margin": (left, right, bottom, top)}

@@ -43,6 +43,22 @@ class Rays(Measurements):
     def shape(self) -> tuple[int, int]:
         return self.num_rays, len(self.distances)
 
+    def heading(self) -> str:
+        found = f"{self.num_rays} rays of {len(self.distances)} points and length {self.distances[-1]:.4g}"
+        first = next(iter(self.values), None)
+        return found if first is None else f"{found}; {first.replace('_', ' ')}: {self.rise(first)} (median)"
+
+    def rise(self, metric: str) -> str:
+        """In words where the median ray has risen by ``delta``."""
+        width = self.width(metric)
+        if np.isinf(width):
+            return f"+{self.delta:g} not reached"
+        return "no width, it is NaN" if np.isnan(width) else f"+{self.delta:g} at {width:.3g}"
+
+    def summary(self, metric: str) -> dict[str, float]:
+        values = self.values[metric]
+        return {"start": float(values[0, 0]), "median end": float(np.median(values[:, -1])), **super().summary(metric)}
+
     def widths(self, metric: str | None = None, delta: float | None = None) -> np.ndarray:
         """``[R]``: the distance at which a metric (None: the first) has risen by ``delta`` above that of the network.
 

@@ -29,7 +29,8 @@ class Surface(Measurements):
     """What :meth:`Plane.evaluate` measured; x and y are distances in weight space along orthonormal directions.
 
     Attributes:
-        xs, ys: ``[X]`` and ``[Y]``, the grid's coordinates; ``values[metric][i, j]`` lies at ``(xs[i], ys[j])``.
+        xs, ys: ``[X]`` and ``[Y]``, the grid's coordinates; ``values[metric][i, j]`` lies at ``(xs[i], ys[j])``, so
+            matplotlib, whose first index is y, takes the transpose: ``contourf(xs, ys, values[metric].T)``.
         marks: coordinates (x, y) of the plane's points, by label.
         trajectories: paths near the plane, by label.
 
@@ -47,6 +48,15 @@ class Surface(Measurements):
     @property
     def shape(self) -> tuple[int, int]:
         return len(self.xs), len(self.ys)
+
+    def heading(self) -> str:
+        xs, ys = (f"from {a[0]:.4g} to {a[-1]:.4g}" for a in (self.xs, self.ys))
+        return f"{len(self.xs)} x {len(self.ys)} points of a plane, x {xs}, y {ys}"
+
+    def summary(self, metric: str) -> dict[str, float]:
+        """With the value at the grid's point next to each mark."""
+        nearest = lambda x, y: self.values[metric][np.abs(self.xs - x).argmin(), np.abs(self.ys - y).argmin()]
+        return super().summary(metric) | {f"by {label}": float(nearest(*xy)) for label, xy in self.marks.items()}
 
     def plot(self, path: str | os.PathLike | None = None, metric: str | None = None, *, log: bool = True, vmax=None):
         """A contour picture of a metric.
