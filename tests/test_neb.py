@@ -21,7 +21,8 @@ SHORT = [{"steps": 3, "lr": 0.01, "count": 2, "subsample": 2}, {"insert": "highe
 
 def run(start, end, cycles=SHORT, loader=LOADER, loss_fn=energy, model=None, **options):
     model = Valley(0.3, 0.4) if model is None else model
-    return lsf.auto_neb(model, start, end, loader, loss_fn=loss_fn, cycles=cycles, progress=False, **options)
+    curve = lsf.auto_neb(model, start, end, loader, loss_fn=loss_fn, cycles=cycles, progress=False, **options)
+    return curve, curve.report
 
 
 @pytest.mark.parametrize("spring", [math.inf, 1.0])
@@ -147,10 +148,10 @@ def test_runs_are_equal_and_a_resumed_one_is_too():
     whole_curve, whole = run(*minima())
     again_curve, again = run(*minima())
     kept = []
-    first = run(*minima(), cycles=SHORT[:1], after_cycle=lambda *found: kept.append(found))
-    assert len(kept) == 1 and kept[0][1] == first[1] and kept[0][1] is not first[1]
+    first, report = run(*minima(), cycles=SHORT[:1], after_cycle=kept.append)
+    assert len(kept) == 1 and kept[0].report == report and kept[0].report is not report
     resumed_curve, resumed = run(*minima(), resume=first)
-    done_curve, done = run(*minima(), resume=(whole_curve, whole))
+    done_curve, done = run(*minima(), resume=whole_curve)
     for curve, report in ((again_curve, again), (resumed_curve, resumed), (done_curve, done)):
         assert report == whole
         for ours, theirs in zip(curve.parameters(), whole_curve.parameters(), strict=True):
@@ -158,13 +159,13 @@ def test_runs_are_equal_and_a_resumed_one_is_too():
 
 
 def test_resume_refuses_other_runs():
-    found = run(*minima())
+    found, _ = run(*minima())
     with pytest.raises(ValueError, match="resume must be of a run with the same first 2 cycles"):
         run(*minima(), cycles=[{**SHORT[0], "lr": 0.5}, SHORT[1]], resume=found)
     with pytest.raises(ValueError, match="resume must be of a path between start and end"):
         run(Valley(-1, 0.1), Valley(1, 0), resume=found)
-    with pytest.raises(TypeError, match="resume must be a Curve and its NEBReport, got Curve and dict"):
-        run(*minima(), resume=(found[0], {}))
+    with pytest.raises(TypeError, match="resume must be a curve from auto_neb, got one without its report"):
+        run(*minima(), resume=lsf.Curve(minima(), kind="polychain"))
 
 
 class Broken(Exception):
@@ -192,7 +193,7 @@ def test_the_model_is_untouched_whatever_raises(digits):
             run(a, b, SHORT, loader[:1], fail_after([calls]), model)
         assert_untouched(model, before)
 
-    def after_cycle(curve, report):
+    def after_cycle(curve):
         assert_untouched(model, before)
         raise Broken
 
