@@ -15,7 +15,8 @@ namespace {
 using at::Tensor;
 
 constexpr int64_t kChunk = 4 * kTile;     // elements of a kernel call
-constexpr size_t kLargeOutput = 4 << 20;  // bytes; a reader would not find the first of them in an inner cache
+// Bytes; to store 100 MB past the caches saves 20 % of a step, to store 7 MB so costs 5 % and what the reader then misses.
+constexpr size_t kLargeOutput = 16 << 20;
 
 // Coefficients as both the fp32 kernels and the fp64 loops want them.
 struct Coefficients {
