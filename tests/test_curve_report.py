@@ -155,19 +155,23 @@ def test_evaluate_curve_recalibrates():
         ({"ts": [0.5, float("nan")]}, ValueError, r"ts must lie in \[0, 1\]"),
         ({"ts": []}, ValueError, "ts must be a list of numbers"),
         ({"ts": "a"}, TypeError, "ts must be numbers"),
-        ({"weight_decay": -1}, ValueError, "weight_decay must be at least 0, got -1"),
-        ({"weight_decay": float("nan")}, ValueError, "weight_decay must be at least 0, got nan"),
+        ({"weight_decay": -1}, ValueError, "weight_decay must be finite, at least 0, got -1"),
+        ({"weight_decay": float("nan")}, ValueError, "weight_decay must be finite, at least 0, got nan"),
         ({"weight_decay": "1"}, TypeError, "weight_decay must be a number, got str"),
-        ({"loaders": {}}, ValueError, "at least one loader"),
-        ({"loaders": iter(batches(3))}, ValueError, "is read once for every point"),
-        ({"loaders": 5}, TypeError, "must be a loader of batches, got int"),
-        ({"loaders": {"test": batches(3)}}, ValueError, "training data as bn_loader= .*recalibrate=False"),
+        ({"loader": {}}, ValueError, "at least one loader"),
+        ({"loader": iter(batches(3))}, ValueError, "is read once for every point"),
+        ({"loader": 5}, TypeError, "must be a loader of batches, got int"),
+        ({"loader": {"test": batches(3)}}, ValueError, "training data as bn_loader= .*recalibrate=False"),
         ({"bn_loader": batches(3), "recalibrate": False}, ValueError, "exclude each other"),
-        ({"loaders": {"test": batches(3)}, "bn_loader": iter([])}, ValueError, "bn_loader is read once"),
-        ({"loaders": {"train": []}}, ValueError, "update_bn: loader must yield at least one batch"),
-        ({"loaders": {"train": batches(3), "test": []}}, ValueError, "evaluate_curve: loader must yield at least one"),
-        ({"loaders": {3: batches(3)}}, TypeError, "must have strings as names, got 3"),
-        ({"loaders": {"train": batches(3), "tr": batches(3)}}, ValueError, "two results would be called 'tr_"),
+        ({"loader": {"test": batches(3)}, "bn_loader": iter([])}, ValueError, "bn_loader is read once"),
+        (
+            {"loader": {"train": []}},
+            ValueError,
+            "evaluate_curve: BatchNorm statistics: loader must yield at least one batch",
+        ),
+        ({"loader": {"train": batches(3), "test": []}}, ValueError, "evaluate_curve: loader must yield at least one"),
+        ({"loader": {3: batches(3)}}, TypeError, "must have strings as names, got 3"),
+        ({"loader": {"train": batches(3), "tr": batches(3)}}, ValueError, "two results would be called 'tr_"),
         ({"metrics": {"nll": top2}}, ValueError, "two results would be called 'tr_nll"),
         ({"metrics": {"acc": top2}}, ValueError, "two results would be called 'tr_acc'"),
         ({"metrics": {"loss_min": top2}}, ValueError, "two results would be called 'tr_loss_min'"),
@@ -176,7 +180,7 @@ def test_evaluate_curve_recalibrates():
     ],
 )
 def test_evaluate_curve_refuses(change, error, match):
-    arguments = {"curve": curve_of(), "loaders": {"train": batches(4, 3)}, "num_points": 3} | change
+    arguments = {"curve": curve_of(), "loader": {"train": batches(4, 3)}, "num_points": 3} | change
     before = state_of(arguments["curve"]) if isinstance(arguments["curve"], lsf.Curve) else None
     with pytest.raises(error, match=match):
         lsf.evaluate_curve(**arguments)

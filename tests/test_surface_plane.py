@@ -277,9 +277,9 @@ def test_memory_formats_and_empty_parameters_make_no_difference():
 def test_models_that_have_not_run_yet_are_refused():
     lazy = [nn.LazyLinear(3) for _ in range(3)]
     for sources in (lazy, [m.state_dict() for m in lazy]):
-        with pytest.raises(ValueError, match=r"Plane\.through: w1: weight must hold values, got none"):
+        with pytest.raises(ValueError, match=r"Plane\.through: w1: weight must hold values, got a lazy tensor"):
             lsf.Plane.through(*sources)
-    with pytest.raises(ValueError, match="line: model: weight must hold values, got none"):
+    with pytest.raises(ValueError, match="line: model: weight must hold values, got a lazy tensor"):
         lsf.line(lazy[0], nn.Linear(2, 3), nn.Linear(2, 3), [])
 
 
@@ -294,7 +294,7 @@ def test_models_that_have_not_run_yet_are_refused():
         ({"margin": (0.1, 0.1, -0.1, 0.1)}, ValueError, "margin must not be negative, got -0.1"),
         ({"margin": (0.1, 0.1)}, TypeError, "margin must be a number or 4 of them"),
         ({"margin": "wide"}, TypeError, "margin must be a number or 4 of them, got 'wide'"),
-        ({"trajectories": {"t": [nn.Linear(2, 2)]}}, ValueError, "weights must have the parameters of"),
+        ({"trajectories": {"t": [nn.Linear(2, 2)]}}, ValueError, "weights must have the tensors of"),
     ],
 )
 def test_plane_evaluate_refuses(arguments, error, message):

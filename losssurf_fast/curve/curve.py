@@ -56,9 +56,10 @@ class Curve(nn.Module):
     forward, :meth:`shard_` only one.
 
     Args:
-        models: two end points, or all K bends: modules (their DistributedDataParallel and torch.compile taken off) or
-            state_dicts. Tensors are paired by name and cast to the network's devices and dtypes. Sharded ones are
-            gathered, on all ranks together.
+        models: two end points, or all K bends: modules (DistributedDataParallel and torch.compile are taken off),
+            averages of them (AveragedModel, SWAG) or tensors by name, such as state_dicts of any of these.
+            Tensors are paired by name and cast to the network's devices and dtypes. Sharded ones are gathered, on all
+            ranks together.
         kind: "bezier" or "polychain".
         num_bends: K, at least 2; the ends count.
         fix_start, fix_end: keep that end point as it is (``requires_grad=False``).

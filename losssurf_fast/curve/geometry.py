@@ -23,6 +23,7 @@ import torch
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from losssurf_fast._library import composite_needed
+from losssurf_fast.arguments import check_int
 from losssurf_fast.averaging.tensors import local, real
 from losssurf_fast.ops.curve import curve_coefficients, curve_weights
 
@@ -35,11 +36,7 @@ _CHUNK_ELSEWHERE = 1 << 22
 
 def even_points(caller: str, num_points: int) -> torch.Tensor:
     """So many t at even steps from 0 to 1, float64."""
-    if isinstance(num_points, bool) or not isinstance(num_points, int):
-        raise TypeError(f"{caller}: num_points must be an int, got {type(num_points).__name__}")
-    if num_points < 2:
-        raise ValueError(f"{caller}: num_points must be at least 2, got {num_points}")
-    return torch.linspace(0, 1, num_points, dtype=torch.float64)
+    return torch.linspace(0, 1, check_int(caller, "num_points", num_points, 2), dtype=torch.float64)
 
 
 def as_points(caller: str, ts) -> torch.Tensor:

@@ -68,8 +68,8 @@ def auto_neb(
         start, end: the minima, as models or as state_dicts, of which buffers are not used.
         loader: yields (inputs, targets) or dicts, as in :func:`losssurf_fast.evaluate_curve`, again and again.
         loss_fn: of (outputs, targets), the mean over the batch as a scalar.
-        cycles: a list of :class:`Cycle` or of dicts, each of which says what differs from the cycle before; or the name
-            of a JSON file of such a list. The default is what the paper takes for a ResNet-20.
+        cycles: a list of :class:`losssurf_fast.neb.Cycle` or of dicts, each of which says what differs from the cycle
+            before; or the name of a JSON file of such a list. The default is what the paper takes for a ResNet-20.
         weight_decay: adds ``weight_decay * w`` to the loss's gradient; not part of the losses measured.
         eval_loader: what the band is measured on; ``loader`` if it is None. N + (N - 1) * subsample passes over it.
         metrics: further functions like ``loss_fn`` for the report, by name.

@@ -94,7 +94,7 @@ def line(
         points: how many, at least 2; the two networks are among them.
         margin: how far the line goes on beyond the networks, as a fraction of their distance; one, or (before, after).
         labels: of the two networks, for pictures.
-        loader, loss_fn and all others: as for :class:`Walk`.
+        loader, loss_fn and all others: as for :meth:`Plane.evaluate`.
 
     Raises:
         TypeError, ValueError, NotImplementedError: an argument is not as above, the networks are the same, or of

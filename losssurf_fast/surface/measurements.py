@@ -126,6 +126,11 @@ class Measurements:
             self.save(path)  # a place that cannot be written to fails here, not after hours
             return
         before = self._read(caller, path)
+        if self.identity and not before.identity:
+            raise ValueError(
+                f"{caller}: path {path} holds what save() wrote of a call without path, which does not say what it "
+                "was of; give another path, or remove the file"
+            )
         differing = [k for k in self.identity if before.identity.get(k) != self.identity[k]]
         if differing:
             raise ValueError(

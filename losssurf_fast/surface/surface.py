@@ -48,7 +48,7 @@ class Surface(Measurements):
         return len(self.xs), len(self.ys)
 
     def plot(self, path: str | os.PathLike | None = None, metric: str | None = None, *, log: bool = True, vmax=None):
-        """A contour picture of a metric; see :func:`losssurf_fast.surface.contours.contour_figure`.
+        """A contour picture of a metric.
 
         Args:
             path: where to save it (png, pdf, svg); None saves nothing.
