@@ -162,7 +162,7 @@ def test_steps_read_no_value_on_the_host():
         ({"loss_fn": lambda o, t: o.item()}, ValueError, "auto_neb: loss_fn must return a scalar, .* got float"),
         ({"loss_fn": lambda o, t: o.detach()}, ValueError, "auto_neb: loss_fn must depend on the weights"),
         ({"loss_fn": lambda o, t: o * math.inf}, RuntimeError, "auto_neb: the loss must be finite on the path"),
-        ({"weight_decay": -1.0}, ValueError, "auto_neb: weight_decay must be a finite number of at least 0, got -1.0"),
+        ({"weight_decay": -1.0}, ValueError, "auto_neb: weight_decay must be finite, at least 0, got -1.0"),
         ({"weight_decay": "a"}, TypeError, "auto_neb: weight_decay must be a number, got str"),
         ({"cycles": []}, ValueError, "auto_neb: cycles must be at least one"),
     ],

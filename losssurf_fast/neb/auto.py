@@ -15,9 +15,9 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from losssurf_fast.arguments import check_number
 from losssurf_fast.averaging import tensors
-from losssurf_fast.averaging.batch_norm import call_on_batch, jointly, spread_over_ranks, to_device
-from losssurf_fast.averaging.mesh import require_finite
+from losssurf_fast.averaging.batch_norm import call_on_batch, is_first_rank, jointly, spread_over_ranks, to_device
 from losssurf_fast.averaging.swap import restored
 from losssurf_fast.curve import Curve
 from losssurf_fast.evaluation import Evaluation, Metric, statistics_loader
@@ -65,7 +65,7 @@ def auto_neb(
 
     Args:
         model: gives the architecture and buffers; it and its mode are as before afterwards, also on an exception.
-        start, end: the minima, as models or as state_dicts, of which buffers are not used.
+        start, end: the minima: models, averages of models, or state_dicts; buffers are not used.
         loader: yields (inputs, targets) or dicts, as in :func:`losssurf_fast.evaluate_curve`, again and again.
         loss_fn: of (outputs, targets), the mean over the batch as a scalar.
         cycles: a list of :class:`losssurf_fast.neb.Cycle` or of dicts, each of which says what differs from the cycle
@@ -99,10 +99,7 @@ def auto_neb(
     rows = Rows(_NAME, model)
 
     def prepare() -> tuple[_Run, list[Cycle]]:
-        if isinstance(weight_decay, bool) or not isinstance(weight_decay, int | float):
-            raise TypeError(f"{_NAME}: weight_decay must be a number, got {type(weight_decay).__name__}")
-        if not 0 <= weight_decay < float("inf"):
-            raise ValueError(f"{_NAME}: weight_decay must be a finite number of at least 0, got {weight_decay}")
+        decay = check_number(_NAME, "weight_decay", weight_decay, least=0)
         measure = measurement(
             _NAME, model, loader, eval_loader, bn_loader, recalibrate,
             loss_fn=loss_fn, metrics=metrics, subset=subset, device=device, process_group=process_group,
@@ -112,7 +109,7 @@ def auto_neb(
         plan = read_cycles(_NAME, cycles)
         ends = [weights_of(_NAME, argument, source, model) for argument, source in (("start", start), ("end", end))]
         _check_ends(ends, rows)
-        run = _Run(model, rows, ends, measure, loader, float(weight_decay))
+        run = _Run(model, rows, ends, measure, loader, decay)
         if resume is not None:
             run.take_up(resume, plan)
         return run, plan[len(run.report.history) :]
@@ -145,10 +142,6 @@ def measurement(
     return Evaluation(caller, loader if eval_loader is None else eval_loader, bn_loader=bn_loader, **how)
 
 
-def is_first_rank(process_group) -> bool:
-    return not spread_over_ranks(process_group) or dist.get_rank(process_group) == 0
-
-
 def _called(model: nn.Module) -> nn.Module:
     """What runs forward: a compiled model as it is; not DistributedDataParallel, which waits for its own backward."""
     inner = tensors.unwrap(model)
@@ -157,8 +150,6 @@ def _called(model: nn.Module) -> nn.Module:
 
 def _check_ends(ends: list[dict[str, torch.Tensor]], rows: Rows) -> None:
     start, end = ends
-    for argument, weights in (("start", start), ("end", end)):
-        require_finite(f"{_NAME}: {argument}", {name: t for name, t in weights.items() if t.is_floating_point()})
     for name, value in start.items():
         if name not in rows.names and not torch.equal(value, end[name].to(value)):
             raise ValueError(f"{_NAME}: {name} requires no gradient and must be equal in start and end, it differs")

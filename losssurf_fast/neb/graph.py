@@ -13,11 +13,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from losssurf_fast.averaging.batch_norm import is_first_rank
 from losssurf_fast.averaging.swap import restored
 from losssurf_fast.curve import Curve
 from losssurf_fast.evaluation import Metric
 from losssurf_fast.files import load_state, save_state
-from losssurf_fast.neb.auto import auto_neb, is_first_rank, measurement
+from losssurf_fast.neb.auto import auto_neb, measurement
 from losssurf_fast.neb.cycles import CYCLES, Cycle, read_cycles
 from losssurf_fast.neb.report import NEBReport, report_of
 from losssurf_fast.neb.weights import weights_of
