@@ -177,7 +177,7 @@ def test_rays_are_as_long_as_the_weights_unless_told():
 
 TOOLS = [
     "evaluate_curve", "line", "rays", "auto_neb", "Plane.through", "Plane.random", "Plane.along", "Plane.pca",
-    "Plane.evaluate", "Plane.trajectory", "Plane.project", "MinimaGraph.explore", "Line.plot",
+    "Plane.evaluate", "Plane.trajectory", "Plane.project", "MinimaGraph.explore", "MinimaGraph.measure", "Line.plot",
     "Rays.plot", "Surface.plot", "CurveReport.plot",
 ]  # fmt: skip
 

@@ -65,7 +65,7 @@ def test_every_form_is_the_same_network_for_every_tool(form):
     assert (ours.values["loss"] == theirs.values["loss"]).all()
 
     cycles = [{"steps": 0, "count": 1, "subsample": 0}]
-    ours, theirs = (lsf.auto_neb(Classifier(2), *s, loader, cycles=cycles)[1] for s in (sources, (a, b)))
+    ours, theirs = (lsf.auto_neb(Classifier(2), *s, loader, cycles=cycles).report for s in (sources, (a, b)))
     assert ours.points == theirs.points
 
 

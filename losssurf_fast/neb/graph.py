@@ -277,7 +277,10 @@ class MinimaGraph:
         device: torch.device | str | int | None = None,
         process_group=None,
     ) -> float:
-        """The loss of a minimum as :func:`auto_neb` with these arguments measures it, for :meth:`add_minimum`."""
+        """The loss of ``source``, a minimum, as :func:`auto_neb` with these arguments measures it.
+
+        It is what :meth:`add_minimum` wants to know; ``source`` is as there.
+        """
         caller = "MinimaGraph.measure"
         measure = measurement(
             caller, self.model, loader, eval_loader, bn_loader, recalibrate,
