@@ -38,6 +38,7 @@ def run() -> int:
 
 
 def facts() -> dict[str, str]:
+    threads = torch.get_num_threads()
     return {
         "package": f"losssurf_fast {losssurf_fast.__version__}",
         "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
@@ -45,7 +46,7 @@ def facts() -> dict[str, str]:
         "triton": _version("triton"),
         "numpy": _version("numpy"),
         "compiler": _compiler(),
-        "CPU": f"{_C.instruction_set()} kernels, {torch.get_num_threads()} threads",
+        "CPU": f"{_C.instruction_set()} kernels, {threads} thread{'s' * (threads != 1)}",
         "CUDA": _cuda(),
     }
 

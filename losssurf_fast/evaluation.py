@@ -10,10 +10,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from losssurf_fast.averaging.batch_norm import call_on_batch, spread_over_ranks, to_device, tracking_layers, update_bn
-from losssurf_fast.loaders import Inputs, num_samples, refuse_single_pass, split_batch
+from losssurf_fast.loaders import Inputs, by_name, num_samples, refuse_single_pass, split_batch
 from losssurf_fast.prediction import evaluation_mode
 
 Metric = Callable[[Any, Any], torch.Tensor]
+
+_UPDATE_BN = "update_bn: "  # how its own messages begin
 
 
 @torch.no_grad()
@@ -34,14 +36,16 @@ def evaluate(
         loader: yields ``(inputs, targets)``, or dicts whose targets have one of the keys "labels", "targets", "target",
             "label" and whose other items are the model's keyword arguments, as are those of inputs that are a dict.
         loss_fn: ``loss_fn(outputs, targets)`` gives the mean over a batch as a tensor of one element. Batches weigh by
-            their number of samples, the first size of the targets; empty ones count nothing. A NaN is a result.
+            their number of samples, the first size of the targets; empty ones count nothing. A NaN is a result, such as
+            cross_entropy's where it ignores a batch's every target.
         metrics: more functions like ``loss_fn``, by name. One named "error" replaces the following.
         device: where to move a batch's tensors; None leaves them.
         process_group: where torch.distributed is initialised each rank reads its share of the data, which may be
             empty, and all get the means over the ranks of this group: None for all ranks, False for this one alone.
 
     The error is the fraction of wrong classes where targets are integers [N, ...] and outputs logits [N, C, ...], C at
-    least 2, as ``torch.nn.functional.cross_entropy`` takes them; targets below 0, which it ignores, do not count.
+    least 2, as ``torch.nn.functional.cross_entropy`` takes them; targets below 0, which it ignores, do not count, nor
+    does a batch weigh by them.
 
     Raises:
         TypeError, ValueError: an argument or batch is not as above, or the loader is empty (on every rank).
@@ -58,9 +62,9 @@ def evaluate(
                 samples, targets = num_samples(caller, targets), to_device(targets, device)
                 outputs = call_on_batch(caller, model, (inputs,), device, None)
                 if samples:
-                    found = {"loss": loss_fn(outputs, targets)} | _error(outputs, targets)
+                    found = {"loss": loss_fn(outputs, targets)}
                     found |= {name: metric(outputs, targets) for name, metric in (metrics or {}).items()}
-                    sums.add(found, samples)
+                    sums.add(found, samples, {} if "error" in found else _wrong(outputs, targets))
     except Exception as e:  # raised below, once the other ranks know
         error = e
     if spread_over_ranks(process_group):
@@ -82,8 +86,8 @@ def _check(caller: str, loss_fn: Metric, metrics: Mapping[str, Metric] | None) -
         raise ValueError(f"{caller}: a metric must not be named 'loss', which is loss_fn's")
 
 
-def _error(outputs, targets) -> dict[str, torch.Tensor]:
-    """The fraction of wrong classes, where outputs and targets are logits and labels."""
+def _wrong(outputs, targets) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """The numbers of wrong classes and of those that count, where outputs and targets are logits and labels."""
     if not isinstance(outputs, torch.Tensor) or not isinstance(targets, torch.Tensor):
         return {}
     integers = not (targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool)
@@ -92,52 +96,58 @@ def _error(outputs, targets) -> dict[str, torch.Tensor]:
         return {}
     counted = targets >= 0
     wrong = (outputs.argmax(1) != targets) & counted
-    return {"error": wrong.sum(dtype=torch.float64) / counted.sum()}
+    return {"error": (wrong.sum(), counted.sum())}
 
 
 class _Sums:
-    """Sums over samples of what has means over batches."""
+    """Sums over samples of what has means over batches, and the numbers of samples that they are over: ``[2, M]``."""
 
     def __init__(self, caller: str):
-        self._caller, self._names, self._samples, self._total = caller, [], 0, None
+        self._caller, self._names, self._total = caller, [], None
 
-    def add(self, found: dict[str, torch.Tensor], samples: int) -> None:
-        """Take in the means over a batch of so many samples."""
+    def add(
+        self, found: dict[str, torch.Tensor], samples: int, counted: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    ) -> None:
+        """Take in the means over a batch of so many samples, and sums with numbers of their own."""
         for name, value in found.items():
             if not isinstance(value, torch.Tensor):
                 raise TypeError(f"{self._caller}: {name} must be a tensor, which nothing waits for, got {value!r}")
             if value.numel() != 1:
                 shape = tuple(value.shape)
                 raise ValueError(f"{self._caller}: {name} must be a scalar, the mean over a batch, got {shape}")
-        device = found["loss"].device
-        batch = torch.stack([v.detach().to(device, torch.float64).reshape(()) for v in found.values()]) * samples
+        here = lambda v: v.detach().to(found["loss"].device, torch.float64).reshape(())
+        means = torch.stack([here(v) for v in found.values()])
+        batch = torch.stack([means * samples, torch.full_like(means, samples)])
+        if counted:
+            own = torch.stack([torch.stack([here(v) for v in pair]) for pair in counted.values()], 1)
+            batch = torch.cat([batch[:, :1], own, batch[:, 1:]], 1)
+        names = ["loss", *counted, *(name for name in found if name != "loss")]
         if self._total is None:
-            self._names, self._total = list(found), batch
-        elif list(found) != self._names:
-            raise ValueError(f"{self._caller}: every batch must have the metrics {self._names}, one has {list(found)}")
+            self._names, self._total = names, batch
+        elif names != self._names:
+            raise ValueError(f"{self._caller}: every batch must have the metrics {self._names}, one has {names}")
         else:
             self._total += batch
-        self._samples += samples
 
     def add_ranks(self, error: Exception | None, group) -> None:
         """Take in what the other ranks have, in one exchange; raise where one of them failed."""
         total = None if self._total is None else self._total.tolist()
         everyone: list = [None] * dist.get_world_size(group)
-        dist.all_gather_object(everyone, (error is not None, self._names, total, self._samples), group=group)
+        dist.all_gather_object(everyone, (error is not None, self._names, total), group=group)
         failed = sum(rank[0] for rank in everyone)
         if failed and error is None:
             raise RuntimeError(f"{self._caller}: {failed} other ranks failed")
         parts = [rank[1:] for rank in everyone if rank[2] is not None]
-        if any(names != parts[0][0] for names, *_ in parts):
-            raise ValueError(f"{self._caller}: every rank must have the same metrics, got {[n for n, *_ in parts]}")
+        if any(names != parts[0][0] for names, _ in parts):
+            raise ValueError(f"{self._caller}: every rank must have the same metrics, got {[n for n, _ in parts]}")
         if parts:
-            self._names, self._samples = parts[0][0], sum(samples for *_, samples in parts)
-            self._total = torch.tensor([total for _, total, _ in parts], dtype=torch.float64).sum(0)
+            self._names = parts[0][0]
+            self._total = torch.tensor([total for _, total in parts], dtype=torch.float64).sum(0)
 
     def means(self) -> dict[str, float]:
         if self._total is None:
             raise ValueError(f"{self._caller}: loader must yield at least one sample, got none")
-        return dict(zip(self._names, (self._total / self._samples).tolist(), strict=True))
+        return dict(zip(self._names, (self._total[0] / self._total[1]).tolist(), strict=True))
 
 
 @dataclass(frozen=True)
@@ -146,18 +156,19 @@ class Evaluation:
 
     Attributes:
         caller: the public function, for messages.
-        loaders: one loader, whose metrics are called "loss", "error" ...; or loaders by name, "train_loss" and so on.
+        loader: one, whose metrics are called "loss", "error" ...; or loaders by name, "train_loss" and so on.
         loss_fn, metrics, device, process_group: as in :func:`evaluate`.
         bn_loader: data for the BatchNorm statistics of every point; None keeps the model's. Dicts are passed to the
             model without targets, as in :func:`evaluate`.
         subset: how much of ``bn_loader`` to read, as in :func:`losssurf_fast.update_bn`.
 
     Raises:
-        TypeError, ValueError: an argument is not as above, or a loader can be read only once.
+        TypeError, ValueError: an argument is not as above, a loader can be read only once, or two results would have
+            one name.
     """
 
     caller: str
-    loaders: Iterable | Mapping[str, Iterable]
+    loader: Iterable | Mapping[str, Iterable]
     loss_fn: Metric = F.cross_entropy
     metrics: Mapping[str, Metric] | None = None
     bn_loader: Iterable | None = None
@@ -167,13 +178,23 @@ class Evaluation:
 
     def __post_init__(self) -> None:
         _check(self.caller, self.loss_fn, self.metrics)
-        if isinstance(self.loaders, Mapping):
-            if not self.loaders:
-                raise ValueError(f"{self.caller}: loaders must hold at least one loader, got none")
-            for name, loader in self.loaders.items():
-                refuse_single_pass(self.caller, f"loaders[{name!r}]", loader, "point")
+        if isinstance(self.loader, Mapping):
+            if not self.loader:
+                raise ValueError(f"{self.caller}: loader must hold at least one loader, got none")
+            for name, loader in self.loader.items():
+                refuse_single_pass(self.caller, f"loader[{name!r}]", loader, "point")
         else:
-            refuse_single_pass(self.caller, "loader", self.loaders, "point")
+            refuse_single_pass(self.caller, "loader", self.loader, "point")
+        seen = set()
+        for loader in by_name(self.loader):
+            for metric in dict.fromkeys(("loss", "error", *(self.metrics or ()))):
+                if not isinstance(loader, str) or not isinstance(metric, str):
+                    named = f"{loader!r}, {metric!r}"
+                    raise TypeError(f"{self.caller}: loaders and metrics must have strings as names, got {named}")
+                name = self._name(loader, metric)
+                if name in seen:
+                    raise ValueError(f"{self.caller}: two results would be called {name!r}; rename {metric!r}")
+                seen.add(name)
         if self.bn_loader is not None:
             refuse_single_pass(self.caller, "bn_loader", self.bn_loader, "point")
 
@@ -184,22 +205,32 @@ class Evaluation:
         same batches.
         """
         return {
-            f"{name}_{metric}" if name else metric: value
-            for name, found in self.by_loader(model).items()
+            self._name(loader, metric): value
+            for loader, found in self.by_loader(model).items()
             for metric, value in found.items()
         }
 
     def by_loader(self, model: nn.Module) -> dict[str, dict[str, float]]:
-        """The same by the loaders' names; a single loader's is ""."""
-        loaders = self.loaders if isinstance(self.loaders, Mapping) else {"": self.loaders}
+        """The same by the loaders' names; a loader that was given none is called "data"."""
         with torch.random.fork_rng(_gpus(model)):
             if self.bn_loader is not None:
-                bn_loader, group = Inputs(self.bn_loader), self.process_group
-                update_bn(bn_loader, model, self.device, subset=self.subset, process_group=group)
+                self._recalibrate(model)
             return {
                 name: evaluate(self.caller, model, loader, self.loss_fn, self.metrics, self.device, self.process_group)
-                for name, loader in loaders.items()
+                for name, loader in by_name(self.loader).items()
             }
+
+    def _name(self, loader: str, metric: str) -> str:
+        return f"{loader}_{metric}" if isinstance(self.loader, Mapping) else metric
+
+    def _recalibrate(self, model: nn.Module) -> None:
+        bn_loader = Inputs(self.bn_loader)
+        try:
+            update_bn(bn_loader, model, self.device, subset=self.subset, process_group=self.process_group)
+        except (TypeError, ValueError) as error:
+            if not str(error).startswith(_UPDATE_BN):
+                raise  # a loader's or the model's own
+            raise type(error)(f"{self.caller}: BatchNorm statistics: {str(error).removeprefix(_UPDATE_BN)}") from error
 
 
 def _gpus(model: nn.Module) -> list[int]:

@@ -7,6 +7,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 TARGETS = ("labels", "targets", "target", "label")
+SINGLE = "data"  # the name of a loader that was given none
 
 
 def refuse_single_pass(caller: str, argument: str, loader: Iterable, each: str) -> None:
@@ -21,6 +22,11 @@ def refuse_single_pass(caller: str, argument: str, loader: Iterable, each: str) 
         raise ValueError(
             f"{caller}: {argument} is read once for every {each}, got a {type(loader).__name__} for one pass"
         )
+
+
+def by_name(loader: Iterable | Mapping[str, Iterable]) -> dict[str, Iterable]:
+    """Loaders by name; one alone is called "data"."""
+    return dict(loader) if isinstance(loader, Mapping) else {SINGLE: loader}
 
 
 def split_batch(caller: str, batch: Any) -> tuple[Any, Any]:

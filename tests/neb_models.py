@@ -54,4 +54,5 @@ SHORT = [{"steps": 3, "lr": 0.01, "count": 2, "subsample": 2}, {"insert": "highe
 
 def run(start, end, cycles=SHORT, loader=LOADER, loss_fn=energy, model=None, **options):
     model = Valley(0.3, 0.4) if model is None else model
-    return lsf.auto_neb(model, start, end, loader, loss_fn=loss_fn, cycles=cycles, progress=False, **options)
+    curve = lsf.auto_neb(model, start, end, loader, loss_fn=loss_fn, cycles=cycles, progress=False, **options)
+    return curve, curve.report

@@ -19,7 +19,7 @@ def test_doctor_prints_every_operator_in_60_columns(capsys):
         line = next(line for line in out.splitlines() if line.split()[:1] == [name])
         kernel = lsf.kernel_for(name, "cpu")
         assert ("reference" in line) if kernel.startswith("reference") else (kernel in line)
-    for word in ("torch", "triton", "numpy", "python", "compiler", "threads", "CUDA", torch.__version__):
+    for word in ("torch", "triton", "numpy", "python", "compiler", "thread", "CUDA", torch.__version__):
         assert word in out
 
 

@@ -279,6 +279,7 @@ DTYPES = r"\(torch.float64, torch.float32, torch.bfloat16, torch.float16\)"
         ([ONE, [1.0]], C, TypeError, r"curve_weights: bends\[1\]\[0\] must be a tensor, got float"),
         ([ONE], C, ValueError, "curve_weights: bends must be 2 lists, got 1"),
         ([ONE, TWO], C, ValueError, r"curve_weights: bends\[1\] must hold 1 tensors, got 2"),
+        ([ONE, [ONE[0].to_sparse()]], C, TypeError, r"bends\[1\]\[0\] must be a dense tensor, got .* torch.sparse_coo"),
     ],
 )
 def test_curve_weights_refuses(bends, c, error, message):

@@ -7,7 +7,7 @@ from torch import nn
 
 import losssurf_fast as lsf
 from losssurf_fast.curve import geometry
-from losssurf_fast.curve.geometry import Geometry
+from losssurf_fast.curve.geometry import Geometry, gram
 
 KINDS = ("bezier", "polychain")
 SHAPES = ((5, 3), (1,), (), (0, 4), (7,), (2, 3, 5))
@@ -331,3 +331,13 @@ def _sharded(rank):
 
 def test_geometry_of_sharded_bends():
     run_ranks(_sharded)
+
+
+def test_gram_is_that_of_the_concatenated_vectors():
+    torch.manual_seed(0)
+    sizes = [(3,), (200, 100), (0,), (), (7, 5)]  # of which one is cut into chunks
+    vectors = [[torch.randn(size) for size in sizes] for _ in range(3)]
+    rows = torch.stack([torch.cat([t.double().flatten() for t in v]) for v in vectors])
+    torch.testing.assert_close(gram(vectors), rows @ rows.T, rtol=1e-12, atol=1e-9)
+    rows[1:] -= rows[0].clone()
+    torch.testing.assert_close(gram(vectors, from_first=True), rows @ rows.T, rtol=1e-12, atol=1e-9)

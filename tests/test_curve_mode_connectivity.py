@@ -139,11 +139,16 @@ def test_refusals():
     fits = "from_mode_connectivity: the checkpoint does not fit model: Curve: "
     for loaded, error, message in (
         ([state], TypeError, "from_mode_connectivity: checkpoint must be a state_dict, got list"),
+        ("checkpoint.pt", TypeError, "checkpoint must be a state_dict, got str; torch.load it first"),
         (Base().state_dict(), ValueError, r"checkpoint must have net.<layer>.weight_0, _1 ..., got bends \[\]"),
         (without(state, *bends), ValueError, r"got bends \[0, 2\]"),
-        (without(state, "net.fc.bias_1"), ValueError, fits + r"models\[1\]: the model must have .* it lacks fc.bias"),
+        (without(state, "net.fc.bias_1"), ValueError, fits + r"models\[1\] must have .* it lacks fc.bias"),
         (wide, ValueError, fits + r"models\[1\]: fc.weight must have shape \(2, 4\), got \(2, 5\)"),
-        ({**state, "net.more.mean": torch.zeros(1)}, ValueError, fits + r"models\[0\]: the state_dict has more.mean"),
+        (
+            {**state, "net.more.mean": torch.zeros(1)},
+            ValueError,
+            fits + r"models\[0\] must have .* it has more.mean",
+        ),
         (same, ValueError, fits + "models must differ, got 3 with equal weights"),
     ):
         with pytest.raises(error, match=message):

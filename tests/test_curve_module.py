@@ -1,5 +1,7 @@
 """Curve: networks of every kind against an independent formula, through functional_call, in float64."""
 
+import copy
+import io
 import math
 from fractions import Fraction
 
@@ -238,7 +240,7 @@ def test_names_and_state_dict():
     curve = lsf.Curve(models, num_bends=4)
     names = [n for n, _ in models[0].named_parameters()]
     assert {n for n, _ in curve.named_parameters()} == {f"bends.{j}.{n}" for j in range(4) for n in names}
-    assert set(curve.state_dict()) == {n for n, _ in curve.named_parameters()}
+    assert set(curve.state_dict()) == {n for n, _ in curve.named_parameters()} | {"_extra_state"}
     models, x = two("convolutional")
     curve, other = lsf.Curve(models), lsf.Curve(models[::-1])
     curve(x).sum().backward()
@@ -252,6 +254,22 @@ def test_names_and_state_dict():
     assert torch.equal(other(x, t=0.4), lsf.Curve(models).eval()(x, t=0.4))
     with pytest.raises(RuntimeError, match="bends.1.0.weight"):
         other.load_state_dict({k: v for k, v in curve.state_dict().items() if k != "bends.1.0.weight"})
+
+
+def test_a_state_dict_of_another_kind_is_refused():
+    (a, b), x = two("linear")
+    chain, bezier = lsf.Curve([a, b], kind="polychain"), lsf.Curve([b, a])
+    before = copy.deepcopy(bezier.state_dict())
+    with pytest.raises(ValueError, match="Curve: the state_dict must be of kind 'bezier', it is of 'polychain'"):
+        bezier.load_state_dict(chain.state_dict())
+    for name, value in before.items():
+        assert torch.equal(bezier.state_dict()[name], value)
+    file = io.BytesIO()
+    torch.save(chain.state_dict(), file)
+    file.seek(0)
+    other = lsf.Curve([b, a], kind="polychain")
+    other.load_state_dict(torch.load(file, weights_only=True))
+    assert torch.equal(other(x, t=0.4), chain(x, t=0.4))
 
 
 def test_gradient_to_t_and_gradcheck():

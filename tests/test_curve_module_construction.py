@@ -239,8 +239,8 @@ def refusals():
     return [
         (TypeError, "Curve: models must be a sequence of modules or state_dicts, got Sequential", a, {}),
         (TypeError, "Curve: models must be a sequence of modules or state_dicts, got OrderedDict", s, {}),
-        (TypeError, given(1, "must be a module or a state_dict, got NoneType"), [a, None], {}),
-        (TypeError, given(0, "must be a module or a state_dict, got str"), ["a.pt", a], {}),
+        (TypeError, given(1, "must be a model, an average .*, got NoneType"), [a, None], {}),
+        (TypeError, given(0, "must be a model, an average .*, got str"), ["a.pt", a], {}),
         (ValueError, "Curve: models must be the two end points or all 3 bends, got 1", [a], {}),
         (ValueError, "Curve: models must be the two end points or all 4 bends, got 3", [a, b, a], {"num_bends": 4}),
         (ValueError, "Curve: models must be the two end points, got 3", [a, b, a], {"num_bends": 2}),
@@ -254,10 +254,15 @@ def refusals():
         (TypeError, "Curve: state_dicts need the module that they are of", [s, s], {}),
         (TypeError, "Curve: model must be a module, got dict", [a, b], {"model": {}}),
         (ValueError, given(1, r"0.weight must have shape \(5, 4\), got \(6, 4\)"), [a, net(6)], {}),
-        (ValueError, given(1, "the model must have the tensors of the curve; it lacks 3.bias$"), [a, less], {}),
-        (ValueError, given(0, "the state_dict has 9.bias besides"), [other("9.bias", s["3.bias"]), b], {}),
-        (ValueError, given(1, "the model must have .* it has 4.weight, 4.bias besides"), [a, more], {}),
-        (ValueError, given(1, "the model must have .* it lacks 0.weight and has 0.param"), [a, normed], {}),
+        (ValueError, given(1, "must have the tensors of the curve; it lacks 3.bias$"), [a, less], {}),
+        (
+            ValueError,
+            given(0, "must have .*; it has 9.bias besides"),
+            [other("9.bias", s["3.bias"]), b],
+            {},
+        ),
+        (ValueError, given(1, "must have .* it has 4.weight, 4.bias besides"), [a, more], {}),
+        (ValueError, given(1, "must have .* it lacks 0.weight and has 0.param"), [a, normed], {}),
         (ValueError, given(1, "2 must be Tanh like the curve's, got ReLU"), [a, other_layer(b)], {}),
         (
             ValueError,
@@ -320,3 +325,15 @@ def test_repr_and_shapes_without_a_forward():
     assert curve.module[0].weight.is_meta and curve.module[0].weight.shape == (5, 4)
     with pytest.raises((RuntimeError, NotImplementedError)):
         curve.module(torch.randn(3, 4))  # not with wrong weights
+
+
+class Scaled(nn.Linear):
+    def forward(self, x, t=None):
+        return super().forward(x) * (1 if t is None else t)
+
+
+def test_an_argument_t_of_the_networks_own_is_warned_of():
+    with pytest.warns(UserWarning, match="Curve: Scaled.forward has an argument t, .* pass the network's by position"):
+        curve = lsf.Curve([Scaled(3, 2), Scaled(3, 2)])
+    x = torch.randn(4, 3)
+    torch.testing.assert_close(curve(x, 2.0, t=0.5), 2 * curve.module_at(0.5)(x))

@@ -155,28 +155,31 @@ def test_evaluate_curve_recalibrates():
         ({"ts": [0.5, float("nan")]}, ValueError, r"ts must lie in \[0, 1\]"),
         ({"ts": []}, ValueError, "ts must be a list of numbers"),
         ({"ts": "a"}, TypeError, "ts must be numbers"),
-        ({"weight_decay": -1}, ValueError, "weight_decay must be at least 0, got -1"),
-        ({"weight_decay": float("nan")}, ValueError, "weight_decay must be at least 0, got nan"),
+        ({"weight_decay": -1}, ValueError, "weight_decay must be finite, at least 0, got -1"),
+        ({"weight_decay": float("nan")}, ValueError, "weight_decay must be finite, at least 0, got nan"),
         ({"weight_decay": "1"}, TypeError, "weight_decay must be a number, got str"),
-        ({"loaders": {}}, ValueError, "at least one loader"),
-        ({"loaders": iter(batches(3))}, ValueError, "is read once for every point"),
-        ({"loaders": 5}, TypeError, "must be a loader of batches, got int"),
-        ({"loaders": {"test": batches(3)}}, ValueError, "training data as bn_loader= .*recalibrate=False"),
+        ({"loader": {}}, ValueError, "at least one loader"),
+        ({"loader": iter(batches(3))}, ValueError, "is read once for every point"),
+        ({"loader": 5}, TypeError, "must be a loader of batches, got int"),
+        ({"loader": {"test": batches(3)}}, ValueError, "training data as bn_loader= .*recalibrate=False"),
         ({"bn_loader": batches(3), "recalibrate": False}, ValueError, "exclude each other"),
-        ({"loaders": {"test": batches(3)}, "bn_loader": iter([])}, ValueError, "bn_loader is read once"),
-        ({"loaders": {"train": []}}, ValueError, "update_bn: loader must yield at least one batch"),
-        ({"loaders": {"train": batches(3), "test": []}}, ValueError, "evaluate_curve: loader must yield at least one"),
-        ({"loaders": {3: batches(3)}}, TypeError, "must have strings as names, got 3"),
-        ({"loaders": {"train": batches(3), "tr": batches(3)}}, ValueError, "two results would be called 'tr_"),
+        ({"loader": {"test": batches(3)}, "bn_loader": iter([])}, ValueError, "bn_loader is read once"),
+        (
+            {"loader": {"train": []}},
+            ValueError,
+            "evaluate_curve: BatchNorm statistics: loader must yield at least one batch",
+        ),
+        ({"loader": {"train": batches(3), "test": []}}, ValueError, "evaluate_curve: loader must yield at least one"),
+        ({"loader": {3: batches(3)}}, TypeError, "must have strings as names, got 3"),
+        ({"loader": {"train": batches(3), "tr": batches(3)}}, ValueError, "two results would be called 'tr_"),
         ({"metrics": {"nll": top2}}, ValueError, "two results would be called 'tr_nll"),
-        ({"metrics": {"acc": top2}}, ValueError, "two results would be called 'tr_acc'"),
         ({"metrics": {"loss_min": top2}}, ValueError, "two results would be called 'tr_loss_min'"),
         ({"loss_fn": lambda o, t: F.cross_entropy(o, t, reduction="none")}, ValueError, "loss must be a scalar"),
         ({"loss_fn": lambda o, t: 1.0}, TypeError, "loss must be a tensor"),
     ],
 )
 def test_evaluate_curve_refuses(change, error, match):
-    arguments = {"curve": curve_of(), "loaders": {"train": batches(4, 3)}, "num_points": 3} | change
+    arguments = {"curve": curve_of(), "loader": {"train": batches(4, 3)}, "num_points": 3} | change
     before = state_of(arguments["curve"]) if isinstance(arguments["curve"], lsf.Curve) else None
     with pytest.raises(error, match=match):
         lsf.evaluate_curve(**arguments)
@@ -263,6 +266,17 @@ def test_curve_report_reads_the_peers_file(tmp_path):
         assert set(arrays) <= set(file.files)
 
 
+def test_an_accuracy_of_ones_own_keeps_its_unit_in_the_file(tmp_path):
+    accuracy = lambda outputs, targets: (outputs.argmax(1) == targets).double().mean()
+    report = lsf.evaluate_curve(curve_of(False), {"test": batches(9)}, num_points=3, metrics={"acc": accuracy})
+    np.testing.assert_allclose(report["test"]["acc"].values, 1 - report["test"]["error"].values)
+    report.save(tmp_path / "curve.npz")
+    assert_equal_reports(report, lsf.CurveReport.load(tmp_path / "curve.npz"))
+    with np.load(tmp_path / "curve.npz") as file:
+        np.testing.assert_array_equal(file["te_acc"], report["test"]["acc"].values)
+        assert file["te_acc_max"] == report["test"]["acc"].max
+
+
 def test_curve_report_refuses_damaged_files(tmp_path):
     report, path = report_of(), tmp_path / "curve.npz"
     report.save(path)
@@ -295,11 +309,11 @@ def test_curve_report_table():
     assert lines[0].startswith(f"4 points on a path of length {report.length:.4g}, |w| from ")
     names = [line[:22].strip() for line in lines[2:]]
     assert names == [
-        "train nll", "train error (%)", "train mean", "test nll", "test error (%)", "test mean", "other_set nll",
+        "train loss", "train error (%)", "train mean", "test loss", "test error (%)", "test mean", "other_set loss",
         "other_set mean",
     ]  # fmt: skip
     assert f"{100 * report['test']['error'].max:.4g}" in lines[6].split()
-    assert "train loss" in str(report_of(weight_decay=0.1))
+    assert {"train loss", "train nll"} <= {line[:22].strip() for line in str(report_of(weight_decay=0.1)).splitlines()}
 
 
 def test_curve_report_plot(tmp_path):
@@ -319,6 +333,24 @@ def test_curve_report_plot(tmp_path):
     for metrics in (["top5"], "loss", []):
         with pytest.raises((ValueError, TypeError), match="CurveReport.plot: metrics must be"):
             report.plot(metrics=metrics)
+
+
+def profile_picture(values):
+    ones = np.ones(len(values))
+    report = lsf.CurveReport(np.linspace(0, 1, len(values)), ones, ones, {"test": {"loss": values}}, 0.0)
+    (axes,) = report.plot().axes
+    return axes
+
+
+def test_curve_report_plot_keeps_labels_off_the_axis_and_says_what_is_not_there():
+    t = np.linspace(0, 1, 41)
+    label = lambda axes: {text.get_text(): text.get_ha() for text in axes.texts}
+    assert label(profile_picture((t - 0.05) ** 2 + 3)) == {"3": "left", "3.9": "right"}
+    assert label(profile_picture((t - 0.5) ** 2 + 3)) == {"3": "center", "3.25": "left"}
+    for nothing in (np.nan, np.inf, -np.inf):
+        assert label(profile_picture(np.full(41, nothing))) == {"no finite values": "center"}
+    values = np.where(t == 0.5, np.inf, np.where(t == 0.25, -np.inf, 1 + t))
+    assert label(profile_picture(values)) == {"1": "left", "2": "right"}
 
 
 def _ranks(rank):

@@ -189,10 +189,10 @@ def test_evaluate_refuses(loader, options, error, match):
     "loaders, options, error, match",
     [
         (iter(batches(4)), {}, ValueError, "f: loader is read once for every point, got a list_iterator"),
-        ({"train": (b for b in batches(4))}, {}, ValueError, r"loaders\['train'\] is read once .* got a generator"),
+        ({"train": (b for b in batches(4))}, {}, ValueError, r"loader\['train'\] is read once .* got a generator"),
         (batches(4), {"bn_loader": map(str, [])}, ValueError, "bn_loader is read once for every point, got a map"),
         ({}, {}, ValueError, "at least one loader"),
-        ({"train": 3}, {}, TypeError, r"loaders\['train'\] must be a loader of batches, got int"),
+        ({"train": 3}, {}, TypeError, r"loader\['train'\] must be a loader of batches, got int"),
         (batches(4), {"loss_fn": 1}, TypeError, "loss_fn must be a function"),
     ],
 )

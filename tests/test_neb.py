@@ -90,10 +90,10 @@ def test_runs_are_equal_and_a_resumed_one_is_too():
     whole_curve, whole = run(*minima())
     again_curve, again = run(*minima())
     kept = []
-    first = run(*minima(), cycles=SHORT[:1], after_cycle=lambda *found: kept.append(found))
-    assert len(kept) == 1 and kept[0][1] == first[1] and kept[0][1] is not first[1]
+    first, report = run(*minima(), cycles=SHORT[:1], after_cycle=kept.append)
+    assert len(kept) == 1 and kept[0].report == report and kept[0].report is not report
     resumed_curve, resumed = run(*minima(), resume=first)
-    done_curve, done = run(*minima(), resume=(whole_curve, whole))
+    done_curve, done = run(*minima(), resume=whole_curve)
     for curve, report in ((again_curve, again), (resumed_curve, resumed), (done_curve, done)):
         assert report == whole
         for ours, theirs in zip(curve.parameters(), whole_curve.parameters(), strict=True):
@@ -101,13 +101,13 @@ def test_runs_are_equal_and_a_resumed_one_is_too():
 
 
 def test_resume_refuses_other_runs():
-    found = run(*minima())
+    found, _ = run(*minima())
     with pytest.raises(ValueError, match="resume must be of a run with the same first 2 cycles"):
         run(*minima(), cycles=[{**SHORT[0], "lr": 0.5}, SHORT[1]], resume=found)
     with pytest.raises(ValueError, match="resume must be of a path between start and end"):
         run(Valley(-1, 0.1), Valley(1, 0), resume=found)
-    with pytest.raises(TypeError, match="resume must be a Curve and its NEBReport, got Curve and dict"):
-        run(*minima(), resume=(found[0], {}))
+    with pytest.raises(TypeError, match="resume must be a curve from auto_neb, got one without its report"):
+        run(*minima(), resume=lsf.Curve(minima(), kind="polychain"))
 
 
 class CountReads(TorchDispatchMode):
@@ -135,16 +135,20 @@ def test_steps_read_no_value_on_the_host():
     ("change", "error", "message"),
     [
         ({"model": 3}, TypeError, "auto_neb: model must be a torch.nn.Module, got int"),
-        ({"start": 3}, TypeError, "auto_neb: start must be a model or a state_dict, got int"),
+        ({"start": 3}, TypeError, "auto_neb: start must be a model, an average of one, or a mapping .*, got int"),
         (
             {"end": nn.Linear(2, 2)},
             ValueError,
-            "auto_neb: end: the model must have .* of model; it lacks x, y",
+            "auto_neb: end must have .* of the model; it lacks x, y",
         ),
-        ({"end": {"x": torch.zeros(())}}, ValueError, "auto_neb: end: .* it lacks y"),
+        ({"end": {"x": torch.zeros(())}}, ValueError, "auto_neb: end must have .* it lacks y"),
         ({"end": {"x": torch.zeros(()), "y": torch.zeros(2)}}, ValueError, "auto_neb: end: y must have shape"),
         ({"end": {"x": torch.zeros(()), "y": torch.zeros((), dtype=torch.int64)}}, TypeError, "y must be like"),
-        ({"end": {**Valley(1, 0).state_dict(), "z": torch.zeros(1)}}, ValueError, "auto_neb: end: .* has z besides"),
+        (
+            {"end": {**Valley(1, 0).state_dict(), "z": torch.zeros(1)}},
+            ValueError,
+            "end must have .* has z besides",
+        ),
         ({"end": Valley(-1, 0)}, ValueError, "auto_neb: start and end must differ, got equal weights"),
         ({"loader": 3}, TypeError, "auto_neb: loader must be a loader of batches, got int"),
         ({"loader": []}, ValueError, "auto_neb: loader must yield at least one batch, every time it is read; got none"),
@@ -158,7 +162,7 @@ def test_steps_read_no_value_on_the_host():
         ({"loss_fn": lambda o, t: o.item()}, ValueError, "auto_neb: loss_fn must return a scalar, .* got float"),
         ({"loss_fn": lambda o, t: o.detach()}, ValueError, "auto_neb: loss_fn must depend on the weights"),
         ({"loss_fn": lambda o, t: o * math.inf}, RuntimeError, "auto_neb: the loss must be finite on the path"),
-        ({"weight_decay": -1.0}, ValueError, "auto_neb: weight_decay must be a finite number of at least 0, got -1.0"),
+        ({"weight_decay": -1.0}, ValueError, "auto_neb: weight_decay must be finite, at least 0, got -1.0"),
         ({"weight_decay": "a"}, TypeError, "auto_neb: weight_decay must be a number, got str"),
         ({"cycles": []}, ValueError, "auto_neb: cycles must be at least one"),
     ],

@@ -83,7 +83,7 @@ def test_the_model_is_untouched_whatever_raises(digits):
             run(a, b, SHORT, loader[:1], fail_after([calls]), model)
         assert_untouched(model, before)
 
-    def after_cycle(curve, report):
+    def after_cycle(curve):
         assert_untouched(model, before)
         raise Broken
 

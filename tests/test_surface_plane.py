@@ -172,6 +172,7 @@ def test_plane_pca_is_that_of_the_matrix_of_networks():
     np.testing.assert_allclose(found[:, :2] * signs, expected, atol=1e-12)
     np.testing.assert_allclose((found[:, 2] ** 2).sum(), (s[2:] ** 2).sum(), rtol=1e-10)
     assert plane.box[0] == (found[:, 0].min(), found[:, 0].max())
+    np.testing.assert_allclose(plane.explained_variance, (s**2 / (s**2).sum())[:2], rtol=1e-10)
 
 
 def test_plane_along_given_directions():
@@ -238,6 +239,7 @@ def test_plane_through_refuses_points_that_rounding_alone_keeps_off_a_line(dtype
         (lambda m: lsf.Plane.along(m[0], m[1], m[1]), ValueError, r"Plane\.along: first and second .* parallel"),
         (lambda m: lsf.Plane.pca(m[:2]), ValueError, r"Plane\.pca: trajectory must hold at least 3 networks, got 2"),
         (lambda m: lsf.Plane.pca([m[0], m[1], m[0]]), ValueError, r"Plane\.pca: .* one line"),
+        (lambda m: lsf.Plane.random(m[0], seed="1"), TypeError, r"Plane\.random: seed must be an int, got str"),
         (lambda m: lsf.Plane.random(m[0], extent=0), ValueError, r"Plane\.random: extent must be positive"),
         (
             lambda m: lsf.Plane.through(*m).project({"matrix": m[0].matrix}),
@@ -277,9 +279,9 @@ def test_memory_formats_and_empty_parameters_make_no_difference():
 def test_models_that_have_not_run_yet_are_refused():
     lazy = [nn.LazyLinear(3) for _ in range(3)]
     for sources in (lazy, [m.state_dict() for m in lazy]):
-        with pytest.raises(ValueError, match=r"Plane\.through: w1: weight must hold values, got none"):
+        with pytest.raises(ValueError, match=r"Plane\.through: w1: weight must hold values, got a lazy tensor"):
             lsf.Plane.through(*sources)
-    with pytest.raises(ValueError, match="line: model: weight must hold values, got none"):
+    with pytest.raises(ValueError, match="line: model: weight must hold values, got a lazy tensor"):
         lsf.line(lazy[0], nn.Linear(2, 3), nn.Linear(2, 3), [])
 
 
@@ -294,7 +296,8 @@ def test_models_that_have_not_run_yet_are_refused():
         ({"margin": (0.1, 0.1, -0.1, 0.1)}, ValueError, "margin must not be negative, got -0.1"),
         ({"margin": (0.1, 0.1)}, TypeError, "margin must be a number or 4 of them"),
         ({"margin": "wide"}, TypeError, "margin must be a number or 4 of them, got 'wide'"),
-        ({"trajectories": {"t": [nn.Linear(2, 2)]}}, ValueError, "weights must have the parameters of"),
+        ({"trajectories": [nn.Linear(2, 2)]}, TypeError, "trajectories must be a mapping from labels .*, got list"),
+        ({"trajectories": {"t": [nn.Linear(2, 2)]}}, ValueError, "weights must have the tensors of"),
     ],
 )
 def test_plane_evaluate_refuses(arguments, error, message):

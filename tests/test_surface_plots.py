@@ -1,5 +1,7 @@
 """Pictures: what is in them, in every format, for every kind of value."""
 
+import dataclasses
+import itertools
 import math
 
 import numpy as np
@@ -103,7 +105,48 @@ def test_rays_picture_compares_networks(tmp_path):
     figure = a.plot(tmp_path / "rays.png", "test_loss", label="SWA", others={"SGD": b})
     (axes,) = figure.axes
     assert len(axes.lines) == 2 * (a.num_rays + 1)
-    assert {f"SWA: +0.1 at {a.width('test_loss'):.3g}", f"SGD: +0.1 at {b.width('test_loss'):.3g}"} <= text_of(figure)
+    assert {f"SWA: {a.rise('test_loss')}", f"SGD: {b.rise('test_loss')}"} <= text_of(figure)
+    a.delta = float(np.ptp(a.values["test_loss"])) / 100
+    assert f"w: +{a.delta:g} at {a.width('test_loss'):.3g}" in text_of(a.plot(metric="test_loss"))
+
+
+def test_a_width_that_is_not_there_is_said_in_words():
+    rays = run("rays")
+    legend = lambda value: text_of(dataclasses.replace(rays, values={"loss": np.full(rays.shape, value)}).plot())
+    assert "w: +0.1 not reached" in legend(1.0)
+    assert {"w: no width, it is NaN", "no finite values"} <= legend(np.nan)
+
+
+def test_a_line_without_finite_values_says_so():
+    line = dataclasses.replace(run("line"), values={"loss": np.full(20, np.nan), "error": np.linspace(0, 1, 20)})
+    loss, error = line.plot().axes
+    assert "no finite values" in text_of(loss) and "no finite values" not in text_of(error)
+
+
+def test_labels_of_a_plane_neither_overlap_nor_get_lost(surface):
+    names = ("a network with quite a long name", "another network with such a name", "third")
+    marks = dict(zip(names, surface.marks.values(), strict=True))
+    marks["fourth"] = tuple(np.array(marks["third"]) + 1e-3)
+    figure = dataclasses.replace(surface, marks=marks).plot()
+    figure.draw_without_rendering()
+    texts = {" ".join(text.get_text().split()): text.get_window_extent() for text in figure.axes[0].texts}
+    assert set(texts) == {*names[:2], "third, fourth"}
+    assert all(not a.overlaps(b) for a, b in itertools.combinations(texts.values(), 2))
+
+
+def test_results_print_as_tables():
+    surface, line, rays = run("plane"), run("line"), run("rays")
+    heading, columns, *rows = str(surface).splitlines()
+    assert heading.startswith("5 x 4 points of a plane, x from ") and columns.split()[:2] == ["min", "max"]
+    assert [row[:22].strip() for row in rows] == ["train loss", "train error (%)", "test loss", "test error (%)"]
+    assert rows[3][22:].split()[:2] == [f"{100 * f(surface.values['test_error']):.4g}" for f in (np.min, np.max)]
+    assert str(line).splitlines()[0] == f"20 points on the line through a and b, which lie {line.length:.4g} apart"
+    ends = line.values["test_loss"][[0, -1]]
+    assert str(line).splitlines()[4][22:].split()[:2] == [f"{end:.4g}" for end in ends]
+    assert str(line).splitlines()[4].split()[-1] == f"{line.barrier('test_loss'):.4g}"
+    assert str(rays).startswith(f"3 rays of 8 points and length 1; train loss: {rays.rise('train_loss')} (median)\n")
+    assert str(lsf.Surface(surface.xs, surface.ys)).startswith("5 x 4 points of a plane")  # nothing measured yet
+    assert str(lsf.Rays(rays.distances, 3, 0.1)).startswith("3 rays of 8 points and length 1\n")
 
 
 @pytest.mark.parametrize("tool, kind", [("plane", "Surface"), ("line", "Line"), ("rays", "Rays")])

@@ -112,6 +112,10 @@ def spread_over_ranks(process_group) -> bool:
     return process_group is not False and dist.is_available() and dist.is_initialized()
 
 
+def is_first_rank(process_group) -> bool:
+    return not spread_over_ranks(process_group) or dist.get_rank(process_group) == 0
+
+
 def tracking_layers(model: nn.Module) -> dict[str, _BatchNorm]:
     """The BatchNorm layers with running statistics, by name."""
     layers = {name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm)}

@@ -73,9 +73,16 @@ def persistent_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def match(
-    caller: str, ours: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor], of: str = "the average"
+    caller: str,
+    ours: Mapping[str, torch.Tensor],
+    theirs: Mapping[str, torch.Tensor],
+    of: str = "the average",
+    argument: str | None = None,
 ) -> list[torch.Tensor]:
-    """``theirs`` in the order of ``ours``, which are those ``of`` whatever messages shall call it.
+    """``theirs`` in the order of ``ours``.
+
+    Args:
+        of, argument: what messages shall call those whose tensors ``ours`` and ``theirs`` are; None is "the model".
 
     Raises:
         ValueError: the names, or the shapes or placements under a name, differ, or one of ``theirs`` has no values.
@@ -85,11 +92,11 @@ def match(
     if missing or unexpected:
         parts = [f"lacks {some(missing)}"] if missing else []
         parts += [f"has {some(unexpected)} besides"] if unexpected else []
-        raise ValueError(f"{caller}: the model must have the tensors of {of}; it {' and '.join(parts)}")
+        raise ValueError(f"{caller}: {argument or 'the model'} must have the tensors of {of}; it {' and '.join(parts)}")
+    caller = f"{caller}: {argument}" if argument else caller
     for name, mine in ours.items():
         other = theirs[name]
-        if is_lazy(other) or other.is_meta:
-            kind = "a lazy tensor" if is_lazy(other) else "one on the meta device"
+        if kind := without_values(other):
             raise ValueError(f"{caller}: {name} must hold values, got {kind}")
         if mine.shape != other.shape:
             raise ValueError(f"{caller}: {name} must have shape {tuple(mine.shape)}, got {tuple(other.shape)}")
@@ -101,6 +108,11 @@ def match(
         if isinstance(mine, DTensor) and mine.placements != other.placements:
             raise ValueError(f"{caller}: {name} must be placed as {mine.placements}, got {other.placements}")
     return [theirs[name] for name in ours]
+
+
+def without_values(tensor: torch.Tensor) -> str:
+    """What a tensor is that holds none, for a message; "" for one that does."""
+    return "a lazy tensor" if is_lazy(tensor) else "one on the meta device" if tensor.is_meta else ""
 
 
 def kind_of(dtype: torch.dtype) -> tuple[bool, ...]:

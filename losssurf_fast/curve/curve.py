@@ -20,7 +20,7 @@ from losssurf_fast.curve import endpoints, sharding
 from losssurf_fast.curve.bends import Bends, Places, combined, parameter_tree
 from losssurf_fast.curve.geometry import T_SAMPLINGS, Geometry, as_points, even_points
 from losssurf_fast.curve.recompute import at_end_of_backward, in_backward, prepare_backward
-from losssurf_fast.ops.curve import as_tensor, check_kind, check_t, curve_coefficients, curve_weights
+from losssurf_fast.ops.curve import KINDS, as_tensor, check_kind, check_t, curve_coefficients, curve_weights
 
 _NAME = "Curve"
 _STRATIFIED = "sharded bends need t_per_rank='same', got 'stratified'"
@@ -39,7 +39,8 @@ class Curve(nn.Module):
             optimizer.zero_grad(), loss.backward(), optimizer.step()
         middle = curve.module_at(0.5)                        # a network of its own
 
-    Bends are Parameters with the weights' shapes and dtypes, ``bends.<j>.<name>`` in the state_dict; a parameter that
+    Bends are Parameters with the weights' shapes and dtypes, ``bends.<j>.<name>`` in the state_dict, where
+    ``_extra_state`` is the kind, so that weights of a chain do not load as a bezier curve's; a parameter that
     is tied, frozen, complex, or computed from others (``parametrize``) in the network is so in each. Parameters of
     integers and buffers are not combined: they are the first model's, in ``module``. That is the network, without
     parameters of its own except within :meth:`at`. BatchNorm's running statistics belong to no t: train mode updates
@@ -57,10 +58,10 @@ class Curve(nn.Module):
     forward, :meth:`shard_` only one.
 
     Args:
-        models: two end points, or all K bends: modules (their DistributedDataParallel and torch.compile taken off) or
-            state_dicts. Tensors are paired by name and cast to the network's devices and dtypes. Sharded ones are
-            gathered, on all ranks together. Layers are compared by type alone: strides, slopes and the like are those
-            of ``model``.
+        models: two end points, or all K bends: modules (DistributedDataParallel and torch.compile are taken off),
+            averages of them (AveragedModel, SWAG) or tensors by name, such as state_dicts of any of these.
+            Tensors are paired by name and cast to the network's devices and dtypes. Sharded ones are gathered, on all
+            ranks together. Layers are compared by type alone: strides, slopes and the like are those of ``model``.
         kind: "bezier" or "polychain".
         num_bends: K, at least 2; the ends count.
         fix_start, fix_end: keep that end point as it is (``requires_grad=False``).
@@ -231,9 +232,10 @@ class Curve(nn.Module):
     def forward(self, *args, t: float | torch.Tensor | None = None, **kwargs):
         """``module(*args, **kwargs)`` with the weights at ``t``, a number or a 0-d tensor; None draws one.
 
-        A t outside [0, 1] is refused where it can be seen: a tensor on another device than the CPU is not looked at,
-        nor one in a compiled graph, and the curve goes on past its ends there. Compile with tensors for t: each number
-        is a graph of its own.
+        A ``t`` of the network's own must come by position: a warning at the curve's construction says so. A t outside
+        [0, 1] is refused where it can be seen: a tensor on another device than the CPU is not looked at, nor one in a
+        compiled graph, and the curve goes on past its ends there. Compile with tensors for t: each number is a graph of
+        its own.
         """
         if t is None and self.t_per_rank == "stratified" and sharding.is_sharded(self._bends.first()):
             raise ValueError(f"{_NAME}: {_STRATIFIED}")
@@ -359,6 +361,15 @@ class Curve(nn.Module):
 
     def _replicate_for_data_parallel(self):
         raise NotImplementedError(f"{_NAME}: nn.DataParallel is not supported; use DistributedDataParallel")
+
+    def get_extra_state(self) -> torch.Tensor:
+        """The kind's number, as a tensor, which distributed checkpoints and safetensors take."""
+        return torch.tensor(KINDS.index(self.kind))
+
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        if int(state) != KINDS.index(self.kind):
+            found = KINDS[int(state)] if 0 <= int(state) < len(KINDS) else int(state)
+            raise ValueError(f"{_NAME}: the state_dict must be of kind {self.kind!r}, it is of {found!r}")
 
     def extra_repr(self) -> str:
         fixed = [j for j, bend in enumerate(self.bends) if not any(p.requires_grad for p in bend.parameters())]

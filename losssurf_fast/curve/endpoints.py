@@ -2,14 +2,17 @@
 
 import contextlib
 import copy
+import inspect
 import types
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from losssurf_fast.averaging import loading, tensors
+from losssurf_fast import weights
+from losssurf_fast.averaging import tensors
 from losssurf_fast.curve.bends import combined, computed_in
 from losssurf_fast.ops.curve import CURVE_DTYPES
 
@@ -17,16 +20,13 @@ _NAME = "Curve"
 
 
 def as_models(models, num_bends: int) -> list[nn.Module | Mapping]:
-    """The end points, or all bends, without wrappers."""
+    """The end points, or all bends."""
     if isinstance(models, nn.Module | Mapping | torch.Tensor) or not isinstance(models, Sequence):
         raise TypeError(f"{_NAME}: models must be a sequence of modules or state_dicts, got {type(models).__name__}")
     if len(models) not in (2, num_bends):
         wanted = "the two end points" if num_bends == 2 else f"the two end points or all {num_bends} bends"
         raise ValueError(f"{_NAME}: models must be {wanted}, got {len(models)}")
-    for i, model in enumerate(models):
-        if not isinstance(model, nn.Module | Mapping):
-            raise TypeError(f"{_NAME}: models[{i}] must be a module or a state_dict, got {type(model).__name__}")
-    return [tensors.unwrap(m) if isinstance(m, nn.Module) else m for m in models]
+    return list(models)
 
 
 def template_of(models: Sequence[nn.Module | Mapping], model: nn.Module | None) -> nn.Module:
@@ -38,10 +38,9 @@ def template_of(models: Sequence[nn.Module | Mapping], model: nn.Module | None) 
     """
     if model is not None and not isinstance(model, nn.Module):
         raise TypeError(f"{_NAME}: model must be a module, got {type(model).__name__}")
-    found = next((m for m in (model, *models) if isinstance(m, nn.Module)), None)
+    found = next((network for m in (model, *models) if (network := weights.network_of(m)) is not None), None)
     if found is None:
         raise TypeError(f"{_NAME}: state_dicts need the module that they are of: Curve(models, model=...)")
-    found = tensors.unwrap(found)
     parameters = tensors.named_parameters(found)
     for name, p in parameters.items():
         if nn.parameter.is_lazy(p):
@@ -52,6 +51,12 @@ def template_of(models: Sequence[nn.Module | Mapping], model: nn.Module | None) 
             raise ValueError(f"{_NAME}: {name} is sharded; give the whole module as model=, and shard the curve")
         if p.is_floating_point() and p.dtype not in CURVE_DTYPES:
             raise TypeError(f"{_NAME}: {name} must have a dtype of {CURVE_DTYPES}, got {p.dtype}")
+    if "t" in inspect.signature(found.forward).parameters:
+        warnings.warn(
+            f"{_NAME}: {type(found).__name__}.forward has an argument t, which curve(..., t=) takes for the place on "
+            "the curve; pass the network's by position",
+            stacklevel=3,
+        )
     if not any(combined(p) for p in parameters.values()):
         raise ValueError(f"{_NAME}: {type(found).__name__} has no floating parameters to combine")
     return found
@@ -61,53 +66,23 @@ def weights_of(models: Sequence[nn.Module | Mapping], template: nn.Module) -> li
     """The models' parameters by the template's names, in its order, shards gathered.
 
     Raises:
-        TypeError, ValueError: names, shapes, kinds of dtypes, or layers differ, or a parameter holds no values.
+        TypeError, ValueError: names, shapes, kinds of dtypes, or layers differ, or a parameter holds no finite values.
     """
     wanted = tensors.named_parameters(template)
     found = []
     for i, model in enumerate(models):
+        named = weights.weights_of(_NAME, f"models[{i}]", model, template, wanted, of="the curve", gather=True)
         caller = f"{_NAME}: models[{i}]"
-        if isinstance(model, nn.Module):
-            named = tensors.named_parameters(model)
-        else:
-            named = {n: t for n, t in of_state_dict(caller, model, template).items() if n in wanted}
-        named = {name: _whole(t) for name, t in named.items()}
-        matched = dict(zip(wanted, tensors.match(caller, wanted, named, "the curve"), strict=True))
-        if isinstance(model, nn.Module):
-            _check_layers(caller, model, template)
-        for name, t in matched.items():
+        if (network := weights.network_of(model)) is not None:
+            _check_layers(caller, network, template)
+        for name, t in named.items():
             first = found[0][name] if found else t
             if not combined(t) and not torch.equal(t, first.to(t.device)):
                 raise ValueError(f"{caller}: {name} is of {t.dtype}, which stays constant; it must equal models[0]'s")
-        found.append({name: t.detach() for name, t in matched.items()})
+        found.append(named)
     first = found[0]
     if all(_equal(named, first) for named in found[1:]):
         raise ValueError(f"{_NAME}: models must differ, got {len(found)} with equal weights: the path has length zero")
-    return found
-
-
-def of_state_dict(caller: str, state: Mapping, template: nn.Module) -> dict[str, torch.Tensor]:
-    """The tensors of a state_dict by the template's names, tied ones once.
-
-    Raises:
-        ValueError: it has tensors that the template lacks, or unequal ones where the template's are tied.
-    """
-    named = [*template.named_parameters(remove_duplicate=False), *template.named_buffers(remove_duplicate=False)]
-    firsts: dict[int, str] = {}
-    canonical = {tensors.plain_name(n): firsts.setdefault(id(t), tensors.plain_name(n)) for n, t in named}
-    loaded = {f"module.{k}": t for k, t in state.items() if isinstance(t, torch.Tensor)}  # not get_extra_state's
-    loading.rename(loaded, {f"module.{n}": t for n, t in named}, "")
-    found, unexpected = {}, []
-    for key, t in loaded.items():
-        name = tensors.plain_name(key.removeprefix("module."))
-        if name not in canonical:
-            unexpected.append(name)
-            continue
-        first = found.setdefault(canonical[name], t)
-        if first is not t and not (first.shape == t.shape and torch.equal(first, t)):
-            raise ValueError(f"{caller}: {name} and {canonical[name]} are one tensor of the model, got unequal ones")
-    if unexpected:
-        raise ValueError(f"{caller}: the state_dict has {tensors.some(unexpected)} besides the model's tensors")
     return found
 
 
@@ -124,22 +99,18 @@ def copy_of(template: nn.Module) -> nn.Module:
 
 
 def load_buffers(model: nn.Module, state: Mapping) -> None:
-    """Copy a state_dict's buffers into ``model``; those that it lacks stay.
+    """Copy the buffers of a state_dict into ``model``; those that it lacks stay.
 
     Raises:
         ValueError: the shape of one differs.
     """
-    found = of_state_dict(f"{_NAME}: models[0]", state, model)
+    found = weights.tensors_of(_NAME, "models[0]", state, model)
     for name, buffer in tensors.named_buffers(model).items():
         if name in found:
             if found[name].shape != buffer.shape:
                 shapes = f"{tuple(buffer.shape)}, got {tuple(found[name].shape)}"
                 raise ValueError(f"{_NAME}: models[0]: {name} must have shape {shapes}")
             buffer.copy_(found[name])
-
-
-def _whole(t: torch.Tensor) -> torch.Tensor:
-    return t.detach().full_tensor() if tensors.is_sharded(t) else t
 
 
 def _equal(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> bool:

@@ -8,12 +8,15 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from losssurf_fast.arguments import check_number
+from losssurf_fast.averaging.batch_norm import is_first_rank
 from losssurf_fast.averaging.swap import restored
 from losssurf_fast.averaging.tensors import unwrap
 from losssurf_fast.curve.curve import Curve
 from losssurf_fast.curve.geometry import as_points, even_points
 from losssurf_fast.curve.report import CurveReport, check_names
 from losssurf_fast.evaluation import Evaluation, Metric, statistics_loader
+from losssurf_fast.loaders import by_name
 
 _NAME = "evaluate_curve"
 
@@ -21,7 +24,7 @@ _NAME = "evaluate_curve"
 @torch.no_grad()
 def evaluate_curve(
     curve: Curve,
-    loaders: Mapping[str, Iterable] | Iterable,
+    loader: Iterable | Mapping[str, Iterable],
     *,
     num_points: int = 61,
     ts: Sequence[float] | np.ndarray | torch.Tensor | None = None,
@@ -33,6 +36,7 @@ def evaluate_curve(
     subset: float | int | None = None,
     device: torch.device | str | int | None = None,
     process_group=None,
+    progress: bool = True,
 ) -> CurveReport:
     """Loss, error and other metrics at points of a curve, and the distances between them.
 
@@ -45,9 +49,9 @@ def evaluate_curve(
 
     Args:
         curve: also in DistributedDataParallel or torch.compile.
-        loaders: loaders by name, or one, which is called "data". Their batches are those of ``loss_fn``'s: ``(inputs,
-            targets)``, or dicts with the targets under "labels", "targets", "target" or "label" and the model's keyword
-            arguments besides. Read once per point each, so iterators are refused.
+        loader: loaders by name, or one, which is called "data". Batches are ``(inputs, targets)``, or dicts with the
+            targets under "labels", "targets", "target" or "label" and the model's keyword arguments besides. Read once
+            per point each, so iterators are refused.
         num_points: at even steps of t, the ends counted.
         ts: places on the curve instead, increasing, at least two.
         loss_fn, metrics: ``loss_fn(outputs, targets)`` gives the mean over a batch as a scalar tensor, and so do
@@ -59,6 +63,7 @@ def evaluate_curve(
         device: where to move a batch's tensors; None leaves them.
         process_group: where torch.distributed is initialised each rank reads its share of the data, and all get the
             same report: None for all ranks, False for this one alone.
+        progress: show a bar, on the first rank.
 
     Raises:
         TypeError, ValueError: an argument or a batch is not as above, a loader is empty, the curve's bends are all
@@ -71,12 +76,9 @@ def evaluate_curve(
     ts = even_points(_NAME, num_points) if ts is None else as_points(_NAME, ts)
     if len(ts) < 2 or not (ts.diff() > 0).all():
         raise ValueError(f"{_NAME}: ts must be at least two numbers that increase, got {ts.tolist()}")
-    if isinstance(weight_decay, bool) or not isinstance(weight_decay, int | float):
-        raise TypeError(f"{_NAME}: weight_decay must be a number, got {type(weight_decay).__name__}")
-    if not weight_decay >= 0:
-        raise ValueError(f"{_NAME}: weight_decay must be at least 0, got {weight_decay}")
-    named = dict(loaders) if isinstance(loaders, Mapping) else {"data": loaders}
-    evaluation = Evaluation(_NAME, named, loss_fn, metrics, bn_loader, device, subset, process_group)
+    weight_decay = check_number(_NAME, "weight_decay", weight_decay, least=0)
+    named = by_name(loader)
+    evaluation = Evaluation(_NAME, loader, loss_fn, metrics, bn_loader, device, subset, process_group)
     check_names(_NAME, named, metrics or ())
     bn_loader = statistics_loader(_NAME, curve.module, named, bn_loader, recalibrate)
     evaluation = replace(evaluation, bn_loader=bn_loader)
@@ -86,8 +88,8 @@ def evaluate_curve(
     if dl.sum() == 0:
         raise ValueError(f"{_NAME}: the curve must have a length, but its bends are all equal")
 
-    found = []
-    for t in tqdm(ts, desc=_NAME, unit="point", ncols=60, leave=False):
+    found, shown = [], progress and is_first_rank(process_group)
+    for t in tqdm(ts, desc=_NAME, unit="point", ncols=60, leave=False, disable=not shown):
         with restored(curve.module), curve.at(t) as model:
             found.append(evaluation.by_loader(model))
     values = {}

@@ -23,6 +23,7 @@ import torch
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from losssurf_fast._library import composite_needed
+from losssurf_fast.arguments import check_int
 from losssurf_fast.averaging.tensors import local, real
 from losssurf_fast.ops.curve import curve_coefficients, curve_weights
 
@@ -35,11 +36,7 @@ _CHUNK_ELSEWHERE = 1 << 22
 
 def even_points(caller: str, num_points: int) -> torch.Tensor:
     """So many t at even steps from 0 to 1, float64."""
-    if isinstance(num_points, bool) or not isinstance(num_points, int):
-        raise TypeError(f"{caller}: num_points must be an int, got {type(num_points).__name__}")
-    if num_points < 2:
-        raise ValueError(f"{caller}: num_points must be at least 2, got {num_points}")
-    return torch.linspace(0, 1, num_points, dtype=torch.float64)
+    return torch.linspace(0, 1, check_int(caller, "num_points", num_points, 2), dtype=torch.float64)
 
 
 def as_points(caller: str, ts) -> torch.Tensor:
@@ -189,22 +186,32 @@ class _Gram(torch.autograd.Function):
 @torch.no_grad()
 def _gram(num_bends: int, flat: Sequence[torch.Tensor]) -> torch.Tensor:
     size = len(flat) // num_bends
-    bends = [flat[j * size : (j + 1) * size] for j in range(num_bends)]
-    total = torch.zeros(len(bends), len(bends), dtype=torch.float64, device=bends[0][0].device)
-    for placed in _by_placement(bends):
-        here = torch.zeros_like(total)
-        for rows in chunks([[real(local(t)).detach().reshape(-1) for t in bend] for bend in placed]):
-            rows = rows.double()
-            rows[1:] -= rows[0]
-            here += rows @ rows.T
-        first = placed[0][0]
-        if isinstance(first, DTensor):
-            sums = [Replicate() if p.is_replicate() else Partial() for p in first.placements]
-            here = DTensor.from_local(here, first.device_mesh, sums, run_check=False).full_tensor()
-        total += here
+    total = gram([flat[j * size : (j + 1) * size] for j in range(num_bends)], from_first=True)
     legs = _legs(total)
     legs[1:, 0] = 0  # the rows are differences from the first already
     return legs @ total @ legs.T
+
+
+def gram(vectors: Sequence[Sequence[torch.Tensor]], *, from_first: bool = False) -> torch.Tensor:
+    """Inner products [K, K], float64, of K vectors that are lists of tensors, on the device of the first.
+
+    Args:
+        from_first: take the vectors after the first as differences from it.
+    """
+    total = torch.zeros(len(vectors), len(vectors), dtype=torch.float64, device=vectors[0][0].device)
+    for alike in _by_placement(vectors):
+        first = alike[0][0]
+        here = torch.zeros_like(total, device=local(first).device)
+        for rows in chunks([[real(local(t)).detach().reshape(-1) for t in vector] for vector in alike]):
+            rows = rows.double()
+            if from_first:
+                rows[1:] -= rows[0]
+            here += rows @ rows.T
+        if isinstance(first, DTensor):
+            sums = [Replicate() if p.is_replicate() else Partial() for p in first.placements]
+            here = DTensor.from_local(here, first.device_mesh, sums, run_check=False).full_tensor()
+        total += here.to(total.device)
+    return total
 
 
 def _legs(like: torch.Tensor) -> torch.Tensor:
@@ -213,12 +220,12 @@ def _legs(like: torch.Tensor) -> torch.Tensor:
     return eye - torch.cat([torch.zeros_like(eye[:1]), eye[:-1]])
 
 
-def _by_placement(bends):
-    """The bends' tensors in lists of which all are placed alike, or plain."""
+def _by_placement(vectors):
+    """The vectors' tensors in lists of which all are placed alike, or plain on one device."""
     groups: dict = {}
-    for tensors in zip(*bends, strict=True):
+    for tensors in zip(*vectors, strict=True):
         first = tensors[0]
-        key = (first.device_mesh, first.placements) if isinstance(first, DTensor) else None
+        key = (first.device_mesh, first.placements) if isinstance(first, DTensor) else first.device
         groups.setdefault(key, []).append(tensors)
     return [list(zip(*group, strict=True)) for group in groups.values()]
 

@@ -4,6 +4,7 @@ Its ``CurveNet`` has ``net.<layer>.<parameter>_<bend>``, the buffers ``net.<laye
 curve networks are written anew beside their base networks, with other names for some layers.
 """
 
+import os
 import re
 from collections.abc import Mapping
 
@@ -100,7 +101,8 @@ def to_mode_connectivity(curve: Curve, names: Mapping[str, str] | None = None) -
 
 def _state_of(checkpoint) -> dict[str, torch.Tensor]:
     if not isinstance(checkpoint, Mapping):
-        raise TypeError(f"{_NAME}: checkpoint must be a state_dict, got {type(checkpoint).__name__}")
+        hint = "; torch.load it first" if isinstance(checkpoint, str | os.PathLike) else ""
+        raise TypeError(f"{_NAME}: checkpoint must be a state_dict, got {type(checkpoint).__name__}{hint}")
     for key in _STATES:
         if isinstance(checkpoint.get(key), Mapping):
             checkpoint = checkpoint[key]

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from losssurf_fast.figures import new_figure, save_figure
+from losssurf_fast import peer_fields
+from losssurf_fast.figures import finish, new_figure, note_without_values
 from losssurf_fast.files import load_arrays, save_arrays
 
-_PREFIXES = {"train": "tr", "test": "te"}
 _STATISTICS = {"min": "min", "max": "max", "avg": "mean", "int": "integral"}
 _PEERS = {
     "loaders": np.array(["train", "test"]),
@@ -52,7 +52,10 @@ class Profile:
 
     @property
     def barrier(self) -> float:
-        """How far the path rises above the higher one of its ends (the first and last point); at least 0."""
+        """How far the path rises above the higher one of its ends (the first and last point); at least 0.
+
+        (Not above the straight line between the ends' values, from which some papers measure it.)
+        """
         return self.max - max(float(self.values[0]), float(self.values[-1]))
 
 
@@ -67,8 +70,8 @@ class CurveReport:
         ts: ``[T]`` places on the curve.
         dl: ``[T]`` distances between a point and the one before, over parameters; ``dl[0]`` is 0.
         norms: ``[T]`` lengths of the vectors w(t); NaN where a file does not say.
-        values: by loader and metric ``[T]``: "loss" with the L2 term, "nll" without, "error" where targets were class
-            labels, and the extra metrics.
+        values: by loader and metric ``[T]``: "loss" with the L2 term; "nll" (dnn-mode-connectivity's word) without,
+            whatever ``loss_fn`` is; "error" where targets were class labels; and the extra metrics.
         weight_decay: that of the L2 term; NaN where a file does not say.
     """
 
@@ -87,12 +90,12 @@ class CurveReport:
         return {metric: Profile(values, self.dl) for metric, values in self.values[loader].items()}
 
     def __str__(self) -> str:
-        """A table of all profiles, errors in percent; without L2 term nll and loss are the same and shown once."""
+        """A table of all profiles, errors in percent; without L2 term nll is the loss and not shown."""
         line = "{:22s}{:>10s}{:>10s}{:>10s}{:>10s}{:>10s}{:>10s}{:>10s}".format
         rows = [line("", "start", "end", "min", "max", "mean", "integral", "barrier")]
         for loader in self.values:
             for metric, profile in self[loader].items():
-                if metric == "loss" and self.weight_decay == 0:
+                if metric == "nll" and self.weight_decay == 0:
                     continue
                 unit, factor = (" (%)", 100) if metric == "error" else ("", 1)
                 ends = profile.values[0], profile.values[-1]
@@ -106,19 +109,18 @@ class CurveReport:
 
         ``ts``, ``dl``, and with the prefix ``tr_`` for the loader "train", ``te_`` for "test" and the own name for any
         other: ``loss``, ``nll``, ``err`` and ``acc`` (in percent) and the extra metrics under their names, each but
-        ``acc`` with ``_min``, ``_max``, ``_avg`` and ``_int``, the integral. Besides: ``norms``, ``weight_decay``, and
-        the names ``loaders`` and ``metrics``.
+        ``acc`` with ``_min``, ``_max``, ``_avg`` and ``_int``, the integral; an extra metric "acc" stands in its own
+        unit in place of that of the error. Besides: ``norms``, ``weight_decay``, and the names ``loaders`` and
+        ``metrics``.
         """
         arrays = {"ts": self.ts, "dl": self.dl, "norms": self.norms, "weight_decay": np.array(self.weight_decay)}
         metrics = list(dict.fromkeys(metric for found in self.values.values() for metric in found))
         arrays |= {"loaders": np.array(list(self.values), str), "metrics": np.array(metrics, str)}
         for loader in self.values:
             for metric, profile in self[loader].items():
-                field = _field(loader, metric)
-                if metric == "error":
-                    profile = Profile(100 * profile.values, self.dl)
-                    arrays[f"{_prefix(loader)}_acc"] = 100 - profile.values
-                arrays[field] = profile.values
+                field, found = peer_fields.field(loader, metric), peer_fields.fields(loader, metric, profile.values)
+                profile = Profile(found[field], self.dl)
+                arrays = found | arrays | {field: profile.values}
                 arrays |= {f"{field}_{s}": np.array(getattr(profile, name)) for s, name in _STATISTICS.items()}
         save_arrays(arrays, path)
 
@@ -138,7 +140,7 @@ class CurveReport:
             if arrays[field].dtype.kind != kind or arrays[field].ndim != dim:
                 raise ValueError(f"CurveReport.load: {path} is no file of a CurveReport: its {field} is none")
         loaders, metrics = arrays["loaders"].tolist(), arrays["metrics"].tolist()
-        fields = {loader: {metric: _field(loader, metric) for metric in metrics} for loader in loaders}
+        fields = {loader: {metric: peer_fields.field(loader, metric) for metric in metrics} for loader in loaders}
         used = [field for found in fields.values() for field in found.values() if field in arrays]
         for field in ("ts", "dl", "norms", *used):
             found = arrays.get(field)
@@ -178,38 +180,31 @@ class CurveReport:
         figure.legend(
             handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9
         )
-        if path is not None:
-            save_figure(figure, path)
-        return figure
+        return finish(figure, path)
 
     def _panel(self, axes, x: np.ndarray, metric: str) -> None:
         factor = 100 if metric == "error" else 1
+        shown = [found[metric] for found in self.values.values() if metric in found]
+        note_without_values(axes, shown)
         for number, loader in enumerate(self.values):
             if metric not in self.values[loader]:
                 continue
             values, colour = factor * self.values[loader][metric], f"C{number}"
             axes.plot(x, values, color=colour, lw=1.8, label=loader)
+            finite = np.where(np.isfinite(values), values, np.nan)
             if np.isfinite(values).any():
-                for marker, i, above in (("v", np.nanargmin(values), -1), ("^", np.nanargmax(values), 1)):
+                for marker, i, above in (("v", np.nanargmin(finite), -1), ("^", np.nanargmax(finite), 1)):
                     axes.plot(x[i], values[i], marker, color=colour, ms=6, clip_on=False)
-                    side = {0: "left", len(x) - 1: "right"}.get(int(i), "center")
+                    place = (x[i] - x[0]) / (x[-1] - x[0])  # near an end a centred label would lie on the axis
+                    side, beside = ("left", 4) if place < 0.08 else ("right", -4) if place > 0.92 else ("center", 0)
                     axes.annotate(
-                        f"{values[i]:.3g}", (x[i], values[i]), (0, 6 * above), textcoords="offset points", ha=side,
+                        f"{values[i]:.3g}", (x[i], values[i]), (beside, 6 * above), textcoords="offset points", ha=side,
                         va="bottom" if above > 0 else "top", color=colour, fontsize=8,
                     )  # fmt: skip
         title = "loss with the L2 term" if metric == "loss" and self.weight_decay > 0 else metric
         axes.set_title("error (%)" if metric == "error" else title, fontsize=11)
         axes.set_xlim(x[0], x[-1])
         axes.margins(y=0.15)
-        axes.spines[["top", "right"]].set_visible(False)
-
-
-def _prefix(loader: str) -> str:
-    return _PREFIXES.get(loader, loader)
-
-
-def _field(loader: str, metric: str) -> str:
-    return f"{_prefix(loader)}_{'err' if metric == 'error' else metric}"
 
 
 def check_names(caller: str, loaders: Iterable[str], metrics: Iterable[str]) -> None:
@@ -223,10 +218,8 @@ def check_names(caller: str, loaders: Iterable[str], metrics: Iterable[str]) -> 
         for metric in ("loss", "nll", "error", *(m for m in metrics if m != "error")):
             if not isinstance(loader, str) or not isinstance(metric, str):
                 raise TypeError(f"{caller}: loaders and metrics must have strings as names, got {loader!r}, {metric!r}")
-            field = _field(loader, metric)
+            field = peer_fields.field(loader, metric)
             fields = {field, *(f"{field}_{s}" for s in _STATISTICS)}
-            if metric == "error":
-                fields.add(f"{_prefix(loader)}_acc")
             if seen & fields:
                 raise ValueError(f"{caller}: two results would be called {min(seen & fields)!r}; rename {metric!r}")
             seen |= fields

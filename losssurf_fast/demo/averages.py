@@ -22,8 +22,8 @@ from losssurf_fast.averaging import AveragedModel
 from losssurf_fast.averaging.schedules import SWACyclicLR
 from losssurf_fast.demo.data import Data
 from losssurf_fast.demo.models import perceptron, resnet50_tensors
-from losssurf_fast.demo.report import new_figure
 from losssurf_fast.demo.timing import Timing, alternate
+from losssurf_fast.figures import finish, new_figure
 
 WIDTH = 256  # of the two hidden layers
 BATCH = 32
@@ -209,6 +209,5 @@ def _figure(trials: list[dict[str, Track]], before: int):
     axes.set_xlabel("epoch")
     axes.set_ylabel("test error (%)")
     axes.set_title(f"SGD and SWA from the same weights, mean of {len(trials)} seeds", fontsize=11)
-    axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
-    return figure
+    return finish(figure)

@@ -17,7 +17,7 @@ from losssurf_fast.curve import Curve, CurveReport, evaluate_curve
 from losssurf_fast.demo.data import Data
 from losssurf_fast.demo.models import EagerBezier, bezier_coefficients, perceptron, resnet50_tensors
 from losssurf_fast.demo.timing import Timing, alternate
-from losssurf_fast.figures import new_figure
+from losssurf_fast.figures import finish, new_figure
 from losssurf_fast.neb import auto_neb
 from losssurf_fast.ops import curve_coefficients, curve_weights
 from losssurf_fast.surface import Plane
@@ -85,7 +85,7 @@ def connect(data: Data, epochs: int, seed: int, quick: bool = False) -> dict[str
         {},
         {"lr": RATES[data.name] / 5},
     ]
-    curves[BAND], _ = auto_neb(
+    curves[BAND] = auto_neb(
         ends[0], *ends, _Batches(data, seed), cycles=cycles[: 2 if quick else None], weight_decay=DECAY,
         eval_loader=[(data.train_x[:SEEN], data.train_y[:SEEN])],
     )  # fmt: skip
@@ -224,9 +224,8 @@ def _figure(reports: dict[str, CurveReport]):
     for axes in (left, right):
         axes.set_xlim(0, 1)
         axes.set_xlabel("t, from one network to the other")
-        axes.spines[["top", "right"]].set_visible(False)
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
-    return figure
+    return finish(figure)
 
 
 def _plane(curve: Curve, name: str, loader: list, points: int):

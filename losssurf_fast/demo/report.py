@@ -9,7 +9,7 @@ import torch
 
 from losssurf_fast.demo.data import Data
 from losssurf_fast.demo.train import Result
-from losssurf_fast.figures import new_figure, save_figure
+from losssurf_fast.figures import finish, new_figure, save_figure
 
 COLUMNS = ("network", "ELBO", "stoch.", "determ.", "ensemble")
 
@@ -114,13 +114,12 @@ def _training_figure(results: list[Result], chance: float):
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter("{x:.0f}")
         axes.set_ylim(0, 102)
-        axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("test accuracy (%)")
     panels[0].text(results[0].epochs[-1], 100 * chance + 2, "chance", ha="right", color="#666666", fontsize=8)
     figure.legend(
         *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False, fontsize=9
     )
-    return figure
+    return finish(figure)
 
 
 @torch.no_grad()

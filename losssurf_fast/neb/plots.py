@@ -2,26 +2,18 @@
 
 import os
 
-from losssurf_fast.figures import new_figure, save_figure
+from losssurf_fast.figures import finish, new_figure
 
 _BLUE, _RED, _GREY = "#08519c", "#cb181d", "#888888"
 
 
-def _finish(figure, path: str | os.PathLike | None):
-    for axes in figure.axes:
-        axes.spines[["top", "right"]].set_visible(False)
-    if path is not None:
-        save_figure(figure, path)
-    return figure
-
-
 def along_and_cycles(report, path: str | os.PathLike | None):
     """The loss along the path with its pivots, and the saddle after each cycle."""
+    pivots, step = report.pivot_losses, report.subsample + 1
     figure = new_figure(8, 3.4)
     along, cycles = figure.subplots(1, 2, width_ratios=(1.6, 1))
     along.plot(report.points["t"], report.points["loss"], color=_BLUE, lw=1.8)
-    step = report.subsample + 1
-    along.plot(report.points["t"][::step], report.pivot_losses, "o", color=_RED, ms=4, label="pivots")
+    along.plot(report.points["t"][::step], pivots, "o", color=_RED, ms=4, label="pivots")
     along.set_xlabel("t")
     along.set_ylabel("loss")
     along.legend(frameon=False)
@@ -30,7 +22,7 @@ def along_and_cycles(report, path: str | os.PathLike | None):
     cycles.set_xlabel("cycle")
     cycles.set_ylabel("highest loss on the path")
     cycles.set_xticks(range(1, len(saddles) + 1, max(1, len(saddles) // 8)))
-    return _finish(figure, path)
+    return finish(figure, path)
 
 
 def disconnectivity(graph, path: str | os.PathLike | None):
@@ -59,4 +51,4 @@ def disconnectivity(graph, path: str | os.PathLike | None):
     axes.set_xticks(range(len(order)), order)
     axes.set_xlabel("minimum")
     axes.set_ylabel("loss")
-    return _finish(figure, path)
+    return finish(figure, path)

@@ -5,29 +5,13 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import nn
 
+from losssurf_fast import weights
 from losssurf_fast.averaging import tensors
-from losssurf_fast.curve.endpoints import of_state_dict
 
 
-def weights_of(caller: str, argument: str, source: nn.Module | Mapping, model: nn.Module) -> dict[str, torch.Tensor]:
-    """The values that ``source``, a model or a state_dict, has for the parameters of ``model``, by their names.
-
-    Raises:
-        TypeError, ValueError: it is neither, or is of another architecture.
-        NotImplementedError: weights are sharded.
-    """
-    wanted, caller = tensors.named_parameters(model), f"{caller}: {argument}"
-    if isinstance(source, nn.Module):
-        named = tensors.named_parameters(source)
-    elif isinstance(source, Mapping):
-        found = of_state_dict(caller, source, tensors.unwrap(model))
-        named = {name: t for name, t in found.items() if name in wanted}
-    else:
-        raise TypeError(f"{caller} must be a model or a state_dict, got {type(source).__name__}")
-    for name, t in (wanted | named).items():
-        if tensors.is_sharded(t) or tensors.is_sharded(wanted.get(name)):
-            raise NotImplementedError(f"{caller}: bands between sharded models are not written; {name} is sharded")
-    return {name: t.detach() for name, t in zip(wanted, tensors.match(caller, wanted, named, "model"), strict=True)}
+def weights_of(caller: str, argument: str, source, model: nn.Module) -> weights.Weights:
+    """The values that ``source`` has for the parameters of ``model``; see :func:`losssurf_fast.weights.weights_of`."""
+    return weights.weights_of(caller, argument, source, model, weights.parameters_of(caller, model))
 
 
 class Rows:

@@ -1,11 +1,13 @@
 """Pictures of a plane: contours at log-spaced levels, the networks and paths in it."""
 
 import itertools
+import os
+import textwrap
 
 import numpy as np
 
-from losssurf_fast.figures import new_figure
-from losssurf_fast.surface.measurements import Measurements
+from losssurf_fast.figures import finish, new_figure
+from losssurf_fast.surface.measurements import Measurements, reading
 from losssurf_fast.surface.surface import Surface
 
 _COLOURS = "viridis_r"
@@ -13,7 +15,9 @@ _PATHS = ("#d7301f", "#c51b8a", "#252525")
 _BANDS = 10
 
 
-def contour_figure(surface: Surface, metric: str | None, *, log: bool, vmax: float | None):
+def contour_figure(
+    surface: Surface, path: str | os.PathLike | None, metric: str | None, *, log: bool, vmax: float | None
+):
     values, name = shown(surface, metric)
     vmax = None if vmax is None else vmax * (100 if name.endswith("(%)") else 1)
     finite = values[np.isfinite(values)]
@@ -33,14 +37,14 @@ def contour_figure(surface: Surface, metric: str | None, *, log: bool, vmax: flo
     axes.set_ylabel("distance in weight space")
     if surface.trajectories:
         axes.legend(loc="best", fontsize=8, framealpha=0.9)
-    return figure
+    return finish(figure, path, framed=True)
 
 
 def shown(measurements: Measurements, metric: str | None) -> tuple[np.ndarray, str]:
     """A metric's array and name as a person reads them: errors in percent."""
     metric = measurements.metric("plot", metric)
-    values, name = measurements.values[metric], metric.replace("_", " ")
-    return (100 * values, f"{name} (%)") if name.endswith("error") else (values, name)
+    name, factor = reading(metric)
+    return factor * measurements.values[metric], name
 
 
 def contour_levels(finite: np.ndarray, *, log: bool, vmax: float | None) -> np.ndarray:
@@ -103,11 +107,17 @@ def _draw_paths(axes, surface: Surface) -> None:
 def _draw_marks(axes, surface: Surface) -> None:
     from matplotlib.patheffects import withStroke
 
+    near = 0.02 * max(np.ptp(surface.xs), np.ptp(surface.ys))
+    places: dict[tuple[float, float], list[str]] = {}
+    for label, at in surface.marks.items():
+        axes.plot(*at, "o", color="white", mec="black", mew=1.2, ms=7, zorder=6)
+        place = next((other for other in places if np.hypot(at[0] - other[0], at[1] - other[1]) < near), at)
+        places.setdefault(place, []).append(label)
     middle = (surface.xs[0] + surface.xs[-1]) / 2
-    for label, (x, y) in surface.marks.items():
-        axes.plot(x, y, "o", color="white", mec="black", mew=1.2, ms=7, zorder=6)
+    for (x, y), labels in places.items():
         side = -1 if x > middle else 1
+        text = textwrap.fill(", ".join(labels), 18, break_long_words=False)  # two of them fit side by side
         axes.annotate(
-            label, (x, y), xytext=(7 * side, 6), textcoords="offset points", ha="left" if side > 0 else "right",
+            text, (x, y), xytext=(7 * side, 6), textcoords="offset points", ha="left" if side > 0 else "right",
             fontsize=10, fontweight="bold", path_effects=[withStroke(linewidth=2.5, foreground="white")], zorder=7,
         )  # fmt: skip

@@ -1,9 +1,10 @@
 """Where the points of a walk lie along an axis."""
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
+
+from losssurf_fast.arguments import check_int, check_number
 
 
 def check_points(caller: str, points, axes: int) -> tuple[int, ...]:
@@ -13,12 +14,7 @@ def check_points(caller: str, points, axes: int) -> tuple[int, ...]:
     if isinstance(points, str) or not isinstance(points, Sequence) or len(points) != axes:
         wanted = "an int" if axes == 1 else f"an int or {axes} of them"
         raise TypeError(f"{caller}: points must be {wanted}, got {points!r}")
-    for number in points:
-        if isinstance(number, bool) or not isinstance(number, int):
-            raise TypeError(f"{caller}: points must be an int, got {type(number).__name__}")
-        if number < 2:
-            raise ValueError(f"{caller}: points must be at least 2, got {number}")
-    return tuple(points)
+    return tuple(check_int(caller, "points", number, 2) for number in points)
 
 
 def check_margin(caller: str, margin, sides: int) -> tuple[float, ...]:
@@ -32,14 +28,6 @@ def check_margin(caller: str, margin, sides: int) -> tuple[float, ...]:
         if fraction < 0:
             raise ValueError(f"{caller}: margin must not be negative, got {fraction}")
     return tuple(float(fraction) for fraction in margin)
-
-
-def check_number(caller: str, argument: str, value, positive: bool = False) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{caller}: {argument} must be a number, got {type(value).__name__}")
-    if not math.isfinite(value) or (positive and value <= 0):
-        raise ValueError(f"{caller}: {argument} must be {'positive and ' if positive else ''}finite, got {value}")
-    return float(value)
 
 
 def check_labels(caller: str, labels: Sequence[str], number: int) -> tuple[str, ...]:

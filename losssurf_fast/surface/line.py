@@ -38,10 +38,20 @@ class Line(Measurements):
     def shape(self) -> tuple[int]:
         return (len(self.distances),)
 
+    def heading(self) -> str:
+        a, b = self.labels
+        return f"{len(self.distances)} points on the line through {a} and {b}, which lie {self.length:.4g} apart"
+
+    def summary(self, metric: str) -> dict[str, float]:
+        ends = (self.values[metric][np.abs(self.distances - at).argmin()] for at in (0, self.length))
+        found = dict(zip(self.labels, map(float, ends), strict=True))
+        return found | super().summary(metric) | {"barrier": self.barrier(metric)}
+
     def barrier(self, metric: str | None = None) -> float:
         """How far a metric (None: the first) rises between the networks above the higher of its values at them.
 
-        At least 0; NaN where the metric is NaN in between.
+        At least 0; NaN where the metric is NaN in between. (Some papers measure from the straight line between the two
+        values instead, which is never higher than the higher one.)
         """
         values = self.values[self.metric("barrier", metric)]
         between = values[(self.distances >= 0) & (self.distances <= self.length)]
@@ -94,7 +104,7 @@ def line(
         points: how many, at least 2; the two networks are among them.
         margin: how far the line goes on beyond the networks, as a fraction of their distance; one, or (before, after).
         labels: of the two networks, for pictures.
-        loader, loss_fn and all others: as for :class:`Walk`.
+        loader, loss_fn and all others: as for :meth:`Plane.evaluate`.
 
     Raises:
         TypeError, ValueError, NotImplementedError: an argument is not as above, the networks are the same, or of

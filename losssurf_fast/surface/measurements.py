@@ -13,12 +13,20 @@ from losssurf_fast.files import load_arrays, save_arrays
 _VALUES = "values."
 
 
+def reading(metric: str) -> tuple[str, int]:
+    """A metric's name as a person reads it, and the factor of its values: errors are in percent."""
+    name = metric.replace("_", " ")
+    return (f"{name} (%)", 100) if name.endswith("error") else (name, 1)
+
+
 @dataclass(eq=False)
 class Measurements:
     """Metrics at the points of a grid; a subclass says in its other fields, all of them arrays, where those lie.
 
     Attributes:
-        values: arrays of the grid's shape by the metric's name, float64; NaN where not ``done``.
+        values: arrays of the grid's shape by the metric's name, float64; NaN where not ``done``. One loader's metrics
+            are called "loss", "error" and as ``metrics`` calls them; those of loaders by name, such as "train", have
+            it before: "train_loss". Errors are fractions here and in files, percent in print and in pictures.
         done: which points have been measured.
         identity: what was measured, by key: a run that differs in one of them is another run.
     """
@@ -49,6 +57,25 @@ class Measurements:
     def extra_arrays(self) -> dict[str, np.ndarray]:
         """Fields of the file for other readers, which are not read back."""
         return {}
+
+    def heading(self) -> str:
+        """What and where was measured, in a line."""
+        raise NotImplementedError
+
+    def summary(self, metric: str) -> dict[str, float]:
+        """Numbers that a metric comes down to, in its unit, by name."""
+        values = self.values[metric]
+        return {"min": float(np.min(values)), "max": float(np.max(values))}
+
+    def __str__(self) -> str:
+        """A table of all metrics, errors in percent."""
+        rows = {metric: self.summary(metric) for metric in self.values}
+        columns = [*next(iter(rows.values()), ())]
+        lines = [self.heading(), f"{'':22s}" + "".join(f"{column[:11]:>12s}" for column in columns)]
+        for metric, found in rows.items():
+            name, factor = reading(metric)
+            lines.append(f"{name:22s}" + "".join(f"{factor * value:12.4g}" for value in found.values()))
+        return "\n".join(lines)
 
     def metric(self, caller: str, name: str | None) -> str:
         """The name of a metric that there is; None is the first."""
@@ -126,6 +153,11 @@ class Measurements:
             self.save(path)  # a place that cannot be written to fails here, not after hours
             return
         before = self._read(caller, path)
+        if self.identity and not before.identity:
+            raise ValueError(
+                f"{caller}: path {path} holds what save() wrote of a call without path, which does not say what it "
+                "was of; give another path, or remove the file"
+            )
         differing = [k for k in self.identity if before.identity.get(k) != self.identity[k]]
         if differing:
             raise ValueError(

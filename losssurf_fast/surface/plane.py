@@ -20,10 +20,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from losssurf_fast.arguments import check_int, check_number
+from losssurf_fast.averaging import tensors
 from losssurf_fast.curve import Curve
+from losssurf_fast.curve.geometry import even_points
 from losssurf_fast.evaluation import Metric
 from losssurf_fast.surface.directions import random_direction
-from losssurf_fast.surface.grid import axis, check_labels, check_margin, check_number, check_points
+from losssurf_fast.surface.grid import axis, check_labels, check_margin, check_points
 from losssurf_fast.surface.surface import Projection, Surface
 from losssurf_fast.surface.walk import Walk
 from losssurf_fast.surface.weights import (
@@ -34,7 +37,6 @@ from losssurf_fast.surface.weights import (
     difference,
     gram,
     norm,
-    require_names,
     weights_of,
 )
 
@@ -48,6 +50,7 @@ class Plane:
         marks: coordinates of the points that made it, by label.
         box: ((x_low, x_high), (y_low, y_high)), what a grid without margins covers.
         trajectories: what :meth:`evaluate` records besides, by label.
+        explained_variance: of a plane of principal components, the shares of the networks' variance along x and y.
     """
 
     def __init__(self, caller: str, origin: Weights, u: Weights, v: Weights, *, blur: float, problem: str):
@@ -63,6 +66,7 @@ class Plane:
         self.marks: dict[str, tuple[float, float]] = {}
         self.trajectories: dict[str, Projection] = {}
         self.box = ((0.0, 0.0), (0.0, 0.0))
+        self.explained_variance: tuple[float, float] | None = None
 
     @classmethod
     def through(cls, w1, w2, w3, *, labels: Sequence[str] = ("w1", "w2", "w3"), model: nn.Module | None = None) -> Self:
@@ -101,14 +105,20 @@ class Plane:
 
         Args:
             center: as the points of :meth:`through`.
-            normalization: "filter" (Li et al.), "layer" or None; see :func:`random_direction`.
+            seed: a number for each plane; it gives the same directions on every device.
+            normalization: "filter" gives every filter of the directions (what one index of a tensor's first dimension
+                selects) the norm of that filter of the weights (Li et al.); "layer" does so with whole tensors. Both
+                leave out tensors of fewer than two dimensions. None is normal noise.
             extent: half the side of the box, as a multiple of the direction's norm, which "filter" and "layer" make
                 that of the weights; without normalization a multiple of the weights' norm. (Li et al.: 1.)
+            label: of the network, for pictures.
+            model: as for :meth:`through`.
 
         Raises:
             TypeError, ValueError, NotImplementedError: as for :meth:`through`, and where normalization leaves nothing.
         """
         caller = "Plane.random"
+        check_int(caller, "seed", seed, -(2**63))
         extent = check_number(caller, "extent", extent, positive=True)
         (w,), _ = common_weights(caller, {"center": center}, model)
         u, v = (random_direction(caller, w, seed, number, normalization) for number in (0, 1))
@@ -128,6 +138,8 @@ class Plane:
             center: as the points of :meth:`through`.
             first, second: mappings from its names to the directions' tensors; of any length, not parallel.
             extent: half the side of the box, as a multiple of the directions' lengths.
+            label: of the network, for pictures.
+            model: as for :meth:`through`.
 
         Raises:
             TypeError, ValueError, NotImplementedError: as for :meth:`through`.
@@ -148,6 +160,11 @@ class Plane:
         The components are combinations of the networks, found from their matrix of inner products; nothing of the
         size [parameters, parameters] is ever made.
 
+        Args:
+            trajectory: networks, each as the points of :meth:`through`; the order is that of the path in pictures.
+            label: of the path, for pictures.
+            model: as for :meth:`through`.
+
         Raises:
             TypeError, ValueError, NotImplementedError: as for :meth:`through`, or there are fewer than three networks.
         """
@@ -158,12 +175,13 @@ class Plane:
         weights, eps = common_weights(caller, points, model)
         mean = combine(weights, [1 / len(weights)] * len(weights))
         deviations = [difference(w, mean) for w in weights]
-        _, vectors = torch.linalg.eigh(gram(deviations))
+        values, vectors = torch.linalg.eigh(gram(deviations))
         u, v = (combine(deviations, vectors[:, -k].tolist()) for k in (1, 2))
         plane = cls(
             caller, mean, u, v, blur=eps * norm(mean),
             problem="the networks of trajectory must span a plane, they lie on one line",
         )  # fmt: skip
+        plane.explained_variance = tuple((values[[-1, -2]] / values.sum()).tolist())
         path = np.array([plane.project(w) for w in weights])
         plane.trajectories = {label: Projection(path, path[:0])}
         plane._cover(path[:, :2].tolist())
@@ -191,11 +209,16 @@ class Plane:
     def trajectory(
         self, points: Curve | Iterable, *, num_points: int = 61, model: nn.Module | None = None
     ) -> Projection:
-        """A list of networks, or a Curve at ``num_points`` equally spaced t and its bends, seen by this plane."""
+        """A list of networks, or a Curve at ``num_points`` equally spaced t and its bends, seen by this plane.
+
+        Args:
+            points: the Curve, or networks, each as for :meth:`through`.
+            model: as for :meth:`through`.
+        """
         if isinstance(points, Curve):
-            (num_points,) = check_points("Plane.trajectory", num_points, 1)
+            ts = even_points("Plane.trajectory", num_points).tolist()
             with torch.no_grad():
-                path = [self.project(points.weights(t), model) for t in np.linspace(0, 1, num_points).tolist()]
+                path = [self.project(points.weights(t), model) for t in ts]
                 knots = [self.project(dict(bend.named_parameters()), model) for bend in points.bends]
         else:
             path, knots = [self.project(w, model) for w in points], []
@@ -205,7 +228,7 @@ class Plane:
 
     def _same_space(self, caller: str, weights, model: nn.Module | None) -> Weights:
         found = weights_of(caller, "weights", weights, model)
-        require_names(caller, "weights", self._origin, found, of="the plane")
+        tensors.match(caller, self._origin, found, "the plane", "weights")
         return {name: found[name].to(t.device, t.dtype) for name, t in self._origin.items()}
 
     def evaluate(
@@ -230,11 +253,28 @@ class Plane:
 
         Args:
             model: any live model of the plane's architecture; bit-equal afterwards, whatever happens.
-            loader, loss_fn and all others: as for :class:`Walk`.
+            loader: one loader, or loaders by name: then the metrics are called "train_loss", "test_error" ... Batches
+                are ``(inputs, targets)``, or dicts with the targets under "labels", "targets", "target" or "label" and
+                the model's keyword arguments besides. Read once per point each, so iterators are refused.
             points: of the grid along x and y.
             margin: how far the grid goes beyond the box, as a fraction of its sides: one for all, or (left, right,
                 bottom, top).
             trajectories: Curves or lists of networks to draw into the picture, by label.
+            loss_fn, metrics: ``loss_fn(outputs, targets)`` gives the mean over a batch as a scalar tensor, and so do
+                ``metrics``, by name. One named "error" replaces the fraction of wrong classes.
+            bn_loader: training data for the BatchNorm statistics of every point; None for the loader named "train".
+            recalibrate: False keeps the model's statistics instead, which belong to other weights.
+            subset: how much of ``bn_loader`` to read, as in :func:`losssurf_fast.update_bn`.
+            device: where to move a batch's tensors; None leaves them.
+            process_group: where torch.distributed is initialised each rank reads its share of the data, and all get the
+                same metrics: None for all ranks, False for this one alone.
+            path: an npz file that is whole after every point. The same call goes on from what an interrupted one left
+                there; a call for other weights, points, metrics (functions by their names), loaders' lengths or buffers
+                is refused. Of several ranks the first reads and writes it.
+            progress: show a bar, on the first rank.
+
+        At every point torch's generators start from the same state, so a loader that shuffles or augments by them
+        yields the same batches everywhere, and a run that was interrupted gives the same bits as one that was not.
 
         Raises:
             TypeError, ValueError, NotImplementedError: an argument is not as above, the model has other parameters
@@ -250,6 +290,9 @@ class Plane:
         }  # fmt: skip
         walk = Walk(caller, model, loader, **arguments)
         here = self._on(walk)
+        if not isinstance(trajectories, Mapping | None):
+            wanted = "a mapping from labels to Curves or lists of networks"
+            raise TypeError(f"{caller}: trajectories must be {wanted}, got {type(trajectories).__name__}")
         seen = {label: self.trajectory(t, model=model) for label, t in (trajectories or {}).items()}
         xs, ys = axis(*self.box[0], shape[0], (left, right)), axis(*self.box[1], shape[1], (bottom, top))
         grid = {"points": shape, "margin": (left, right, bottom, top)}

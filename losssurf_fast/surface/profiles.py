@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from losssurf_fast.figures import new_figure, save_figure
+from losssurf_fast.figures import finish, new_figure, note_without_values
 from losssurf_fast.surface.contours import shown
 from losssurf_fast.surface.line import Line
 from losssurf_fast.surface.rays import Rays
@@ -24,11 +24,12 @@ def line_figure(line: Line, path: str | os.PathLike | None, metrics: Sequence[st
             values, name = shown(line, metric)
             loader = metric.rpartition("_")[0].replace("_", " ")
             axes.plot(line.distances, values, color=colour, lw=1.8, label=loader)
+        note_without_values(axes, [line.values[metric] for metric in group])
         _ends(axes, line)
         _frame(axes, name if len(group) == 1 else name.removeprefix(loader).strip(), log)
         if len(group) > 1:
             axes.legend(fontsize=8, frameon=False)
-    return _saved(figure, path)
+    return finish(figure, path)
 
 
 def _ends(axes, line: Line) -> None:
@@ -42,28 +43,23 @@ def _ends(axes, line: Line) -> None:
 
 def rays_figure(named: Mapping[str, Rays], path: str | os.PathLike | None, metric: str | None, *, log: bool):
     figure = new_figure(5.2, 3.6)
-    axes = figure.add_subplot()
+    axes, drawn = figure.add_subplot(), []
     for (label, rays), colour in zip(named.items(), _COLOURS, strict=False):
         values, name = shown(rays, metric)
+        drawn.append(values)
         if name.endswith("loss"):
-            label = f"{label}: +{rays.delta:g} at {rays.width(metric):.3g}"
+            label = f"{label}: {rays.rise(rays.metric('plot', metric))}"
         axes.plot(rays.distances, values.T, color=colour, lw=0.7, alpha=0.35)
         axes.plot(rays.distances, np.median(values, axis=0), color=colour, lw=2.2, label=label)
+    note_without_values(axes, np.concatenate(drawn, axis=None))
     _frame(axes, name, log)
     axes.set_xlim(left=0)
     axes.legend(fontsize=9, frameon=False, title="median of the rays", title_fontsize=8)
-    return _saved(figure, path)
+    return finish(figure, path)
 
 
 def _frame(axes, name: str, log: bool) -> None:
     axes.set_xlabel("distance in weight space")
     axes.set_ylabel(name)
-    axes.spines[["top", "right"]].set_visible(False)
     if log:
         axes.set_yscale("log")
-
-
-def _saved(figure, path: str | os.PathLike | None):
-    if path is not None:
-        save_figure(figure, path)
-    return figure

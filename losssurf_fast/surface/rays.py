@@ -14,9 +14,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from losssurf_fast.arguments import check_int, check_number
 from losssurf_fast.evaluation import Metric
 from losssurf_fast.surface.directions import check_normalization, random_direction
-from losssurf_fast.surface.grid import check_number, check_points
+from losssurf_fast.surface.grid import check_points
 from losssurf_fast.surface.measurements import Measurements
 from losssurf_fast.surface.walk import Walk
 from losssurf_fast.surface.weights import Weights, combine, common_weights, gram, norm
@@ -41,6 +42,22 @@ class Rays(Measurements):
     @property
     def shape(self) -> tuple[int, int]:
         return self.num_rays, len(self.distances)
+
+    def heading(self) -> str:
+        found = f"{self.num_rays} rays of {len(self.distances)} points and length {self.distances[-1]:.4g}"
+        first = next(iter(self.values), None)
+        return found if first is None else f"{found}; {first.replace('_', ' ')}: {self.rise(first)} (median)"
+
+    def rise(self, metric: str) -> str:
+        """In words where the median ray has risen by ``delta``."""
+        width = self.width(metric)
+        if np.isinf(width):
+            return f"+{self.delta:g} not reached"
+        return "no width, it is NaN" if np.isnan(width) else f"+{self.delta:g} at {width:.3g}"
+
+    def summary(self, metric: str) -> dict[str, float]:
+        values = self.values[metric]
+        return {"start": float(values[0, 0]), "median end": float(np.median(values[:, -1])), **super().summary(metric)}
 
     def widths(self, metric: str | None = None, delta: float | None = None) -> np.ndarray:
         """``[R]``: the distance at which a metric (None: the first) has risen by ``delta`` above that of the network.
@@ -105,7 +122,7 @@ def rays(
     weights,
     loader: Iterable | Mapping[str, Iterable],
     *,
-    max_distance: float,
+    max_distance: float | None = None,
     num_rays: int = 10,
     points: int = 21,
     seed: int = 0,
@@ -127,27 +144,27 @@ def rays(
     Args:
         model: any live model of the network's architecture; bit-equal afterwards, whatever happens.
         weights: a model, an average of one, or a mapping from names to tensors, as for :meth:`Plane.through`.
-        max_distance: length of the rays, in weight space.
+        max_distance: length of the rays, in weight space; None for |w|, at which a ray has drawn level with the weights
+            themselves. Give the same number for networks whose rays are to be compared.
+        num_rays: how many.
         points: on each ray, at least 2; the first is the network itself, measured once.
         seed: of the directions; ray r of a seed is the same on every device.
         normalization: None for directions uniform on the sphere; "filter" or "layer" for directions in proportion
-            to the weights (:func:`random_direction`), which differ between networks.
+            to the weights (as for :meth:`Plane.random`), which differ between networks.
         orthogonal: make the rays orthogonal to each other, for which all of them are held at once.
         delta: the rise of the loss that defines its width.
-        loader, loss_fn and all others: as for :class:`Walk`.
+        loader, loss_fn and all others: as for :meth:`Plane.evaluate`.
 
     Raises:
         TypeError, ValueError, NotImplementedError: an argument is not as above, or the weights are of another
             architecture than the model.
     """
     (points,) = check_points("rays", points, 1)
-    max_distance = check_number("rays", "max_distance", max_distance, positive=True)
+    if max_distance is not None:
+        max_distance = check_number("rays", "max_distance", max_distance, positive=True)
     delta = check_number("rays", "delta", delta, positive=True)
     for argument, value, least in (("num_rays", num_rays, 1), ("seed", seed, -(2**63))):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"rays: {argument} must be an int, got {type(value).__name__}")
-        if value < least:
-            raise ValueError(f"rays: {argument} must be at least {least}, got {value}")
+        check_int("rays", argument, value, least)
     check_normalization("rays", normalization)
     walk = Walk(
         "rays", model, loader, loss_fn=loss_fn, metrics=metrics, bn_loader=bn_loader, recalibrate=recalibrate,
@@ -155,6 +172,8 @@ def rays(
     )  # fmt: skip
     (w,), _ = common_weights("rays", {"weights": weights}, model)
     w = walk.here(w)
+    if max_distance is None and (max_distance := norm(w)) == 0:
+        raise ValueError("rays: max_distance must be given for weights that are all 0")
     directions = unit_directions(w, num_rays, seed, normalization, orthogonal)
     distances = np.linspace(0.0, max_distance, points)
     result = Rays(distances, num_rays, delta)

@@ -7,6 +7,7 @@ from typing import ClassVar, Self
 
 import numpy as np
 
+from losssurf_fast import peer_fields
 from losssurf_fast.surface.measurements import Measurements
 
 
@@ -28,7 +29,8 @@ class Surface(Measurements):
     """What :meth:`Plane.evaluate` measured; x and y are distances in weight space along orthonormal directions.
 
     Attributes:
-        xs, ys: ``[X]`` and ``[Y]``, the grid's coordinates; ``values[metric][i, j]`` lies at ``(xs[i], ys[j])``.
+        xs, ys: ``[X]`` and ``[Y]``, the grid's coordinates; ``values[metric][i, j]`` lies at ``(xs[i], ys[j])``, so
+            matplotlib, whose first index is y, takes the transpose: ``contourf(xs, ys, values[metric].T)``.
         marks: coordinates (x, y) of the plane's points, by label.
         trajectories: paths near the plane, by label.
 
@@ -47,8 +49,17 @@ class Surface(Measurements):
     def shape(self) -> tuple[int, int]:
         return len(self.xs), len(self.ys)
 
+    def heading(self) -> str:
+        xs, ys = (f"from {a[0]:.4g} to {a[-1]:.4g}" for a in (self.xs, self.ys))
+        return f"{len(self.xs)} x {len(self.ys)} points of a plane, x {xs}, y {ys}"
+
+    def summary(self, metric: str) -> dict[str, float]:
+        """With the value at the grid's point next to each mark."""
+        nearest = lambda x, y: self.values[metric][np.abs(self.xs - x).argmin(), np.abs(self.ys - y).argmin()]
+        return super().summary(metric) | {f"by {label}": float(nearest(*xy)) for label, xy in self.marks.items()}
+
     def plot(self, path: str | os.PathLike | None = None, metric: str | None = None, *, log: bool = True, vmax=None):
-        """A contour picture of a metric; see :func:`losssurf_fast.surface.contours.contour_figure`.
+        """A contour picture of a metric.
 
         Args:
             path: where to save it (png, pdf, svg); None saves nothing.
@@ -61,12 +72,7 @@ class Surface(Measurements):
         """
         from losssurf_fast.surface.contours import contour_figure
 
-        figure = contour_figure(self, metric, log=log, vmax=vmax)
-        if path is not None:
-            from losssurf_fast.figures import save_figure
-
-            save_figure(figure, path)
-        return figure
+        return contour_figure(self, path, metric, log=log, vmax=vmax)
 
     def arrays(self) -> dict[str, np.ndarray]:
         found = {"xs": self.xs, "ys": self.ys}
@@ -87,19 +93,4 @@ class Surface(Measurements):
         found = {"grid": np.stack(np.meshgrid(self.xs, self.ys, indexing="ij"), axis=-1)}
         if self.trajectories:
             found["curve_coordinates"] = next(iter(self.trajectories.values())).path[:, :2]
-        return found | peer_metrics(self.values)
-
-
-def peer_metrics(values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Metrics of loaders "train" and "test" under dnn-mode-connectivity's names, errors in percent."""
-    found = {}
-    for name, array in values.items():
-        loader, _, metric = name.partition("_")
-        short = {"train": "tr", "test": "te"}.get(loader)
-        if short is None:
-            continue
-        if metric == "error":
-            found |= {f"{short}_err": 100 * array, f"{short}_acc": 100 - 100 * array}
-        else:
-            found[f"{short}_{metric}"] = array
-    return found
+        return found | peer_fields.by_name(self.values)

@@ -1,4 +1,4 @@
-"""The one way through weight space: a model visits points, is measured at each, and comes back as it was."""
+"""How surfaces, lines and rays are measured: a model visits points of weight space, and comes back as it was."""
 
 import hashlib
 import json
@@ -12,12 +12,14 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from losssurf_fast.averaging import tensors
-from losssurf_fast.averaging.batch_norm import jointly, spread_over_ranks, tracking_layers
+from losssurf_fast.averaging.batch_norm import is_first_rank, jointly, spread_over_ranks, tracking_layers
 from losssurf_fast.averaging.swap import restored
 from losssurf_fast.evaluation import Evaluation, Metric, statistics_loader
+from losssurf_fast.loaders import by_name
 from losssurf_fast.prediction import seeded
 from losssurf_fast.surface.measurements import Measurements
-from losssurf_fast.surface.weights import Weights, known_names, model_parameters, require_names
+from losssurf_fast.surface.weights import model_parameters
+from losssurf_fast.weights import Weights, known_names
 
 Place = tuple  # an index of the grid's arrays
 
@@ -29,23 +31,7 @@ class Walk:
         caller: the public function, for messages.
         model: the live model. Within :meth:`run` its parameters and buffers change in place; they are bit-equal
             afterwards, also after an exception, and so are all modules' modes.
-        loader: one loader, or loaders by name: then the metrics are called "train_loss", "test_error" ... Batches are
-            ``(inputs, targets)``, or dicts (:mod:`losssurf_fast.loaders`).
-        loss_fn: ``loss_fn(outputs, targets)``, a mean over the batch.
-        metrics: further ones of the same form, by name.
-        bn_loader: training data for the BatchNorm statistics of every point; by default the loader called "train".
-        recalibrate: False keeps the model's statistics instead, which belong to other weights.
-        subset: how much of ``bn_loader`` to read, as in :func:`losssurf_fast.update_bn`.
-        device: where batches are moved; None leaves them.
-        process_group: where torch.distributed is initialised each rank reads its share of the data, and all get the
-            same metrics: None for all ranks, False for this one alone.
-        path: an npz file that is whole after every point. The same call goes on from what an interrupted one left
-            there; a call for other weights, points, metrics (functions by their names), loaders' lengths or buffers is
-            refused. Of several ranks the first reads and writes it.
-        progress: show a bar.
-
-    At every point torch's generators start from the same state, so a loader that shuffles or augments by them yields
-    the same batches everywhere, and a run that was interrupted gives the same bits as one that was not.
+        loader and all others: as for :meth:`losssurf_fast.Plane.evaluate`.
 
     Raises:
         TypeError, ValueError, NotImplementedError: an argument is not as above, or the model is sharded.
@@ -81,7 +67,7 @@ class Walk:
                 f"{self.caller}: the weights must be parameters of the model alone, they hold {tensors.some(others)}; "
                 "give model= where they are taken from state_dicts"
             )
-        require_names(self.caller, "model", weights, self.parameters, of="the weights")
+        tensors.match(self.caller, weights, self.parameters, "the weights", "model")
         live = {p.untyped_storage().data_ptr() for p in self.parameters.values()}
         moved = {name: t.to(self.parameters[name].device) for name, t in weights.items()}
         return {name: t.clone() if t.untyped_storage().data_ptr() in live else t for name, t in moved.items()}
@@ -91,7 +77,6 @@ class Walk:
         if self.path is None:
             return {}
         e = self.evaluation
-        loaders = e.loaders if isinstance(e.loaders, Mapping) else {"loader": e.loaders}
         statistics = tracking_layers(self.model) if e.bn_loader is not None else {}
         recalibrated = tuple(f"{tensors.plain_name(name)}." for name in statistics)
         buffers = tensors.named_buffers(self.model)
@@ -100,7 +85,7 @@ class Walk:
             "grid": json.dumps(grid),
             "loss_fn": _name(e.loss_fn),
             "metrics": json.dumps({name: _name(metric) for name, metric in (e.metrics or {}).items()}),
-            "loader": json.dumps({name: _length(loader) for name, loader in loaders.items()}),
+            "loader": json.dumps({name: _length(loader) for name, loader in by_name(e.loader).items()}),
             "BatchNorm": f"from {e.subset or 'all'} of {_length(e.bn_loader)} batches" if statistics else "the model's",
             "the model's buffers": _digest({n: b for n, b in buffers.items() if not n.startswith(recalibrated)}),
         }
@@ -126,12 +111,8 @@ class Walk:
 
     def _on_first_rank(self, action: Callable[[], None]) -> None:
         """``action``, on one rank; where it fails all raise."""
-        first, device = self._is_first_rank(), next(iter(self.parameters.values())).device
+        first, device = is_first_rank(self.evaluation.process_group), next(iter(self.parameters.values())).device
         jointly(self.caller, lambda: action() if first else None, device, self.evaluation.process_group)
-
-    def _is_first_rank(self) -> bool:
-        group = self.evaluation.process_group
-        return not spread_over_ranks(group) or dist.get_rank(group) == 0
 
     def _from_first_rank(self, value):
         group = self.evaluation.process_group
@@ -142,9 +123,10 @@ class Walk:
         return held[0]
 
     def _bar(self, left: list, total: int) -> Iterator:
+        shown = self.progress and is_first_rank(self.evaluation.process_group)
         return tqdm(
             left, total=total, initial=total - len(left), desc=self.caller, unit="point", ncols=72, leave=False,
-            disable=not (self.progress and self._is_first_rank()),
+            disable=not shown,
         )  # fmt: skip
 
 
