@@ -16,11 +16,11 @@ OP = torch.ops.losssurf_fast
 DTYPES = [(F64, F64), (F32, F32), (BF16, BF16), (BF16, F32), (F16, F16), (F16, F32)]  # activations, bends
 WAYS = list(itertools.product((False, True), (0, 1, 3)))  # a t for each row, biases
 SHAPES = [(1, 1, 1), (17, 33, 63), (64, 12, 16), (200, 50, 70)]  # M, O, I
-# Large enough a weight to be multiplied on the fly: one and several vectors of rows, odd groups of outputs, several
-# strips and chunks of columns.
-HALF_ON_THE_FLY = [(13, 263, 4100)]
-ON_THE_FLY = [(1, 263, 4100), (47, 260, 2050), (64, 257, 2049)]
-EMPTY = [(0, 4, 3), (5, 0, 3), (5, 3, 0)]
+# Large enough a weight to be multiplied on the fly: rows in registers, one and several vectors of rows, odd groups of
+# outputs, several strips and chunks of columns.
+HALF_ON_THE_FLY = [(13, 263, 4100), (3, 137, 8300), (4, 5, 63)]
+ON_THE_FLY = [(1, 263, 4100), (47, 260, 2050), (64, 257, 2049), *HALF_ON_THE_FLY, (2, 60, 2100)]
+EMPTY = [(0, 4, 3), (5, 0, 3), (5, 3, 0), (2, 0, 3), (2, 3, 0)]
 
 
 def public(x, bends, coefficients, biases):
@@ -40,7 +40,9 @@ def test_curve_linear_forward_and_backward(dtype, bend_dtype, isa):
             pytest.skip(f"this CPU has no {isa}")
         on_the_fly = {F64: [], F32: ON_THE_FLY}.get(dtype, HALF_ON_THE_FLY)
         assert all(_C.curve_linear_on_the_fly(m, o * i, dtype.itemsize) for m, o, i in on_the_fly)
-        large = [(shape, (False, biases)) for shape, biases in zip(on_the_fly, (3, 1, 0), strict=False)]
+        large = [
+            (shape, (False, biases)) for shape, biases in zip(on_the_fly, itertools.cycle((3, 1, 0)), strict=False)
+        ]
         for shape, (per_row, biases) in [*itertools.product(SHAPES, WAYS), *large]:
             inputs = curve_inputs(shape, dtype, bend_dtype, biases=biases, per_row=per_row)
             wide = each(inputs, torch.Tensor.double)
@@ -121,7 +123,7 @@ def test_curve_linear_bends(bends):
 
 def test_curve_linear_does_not_read_bends_of_coefficient_zero():
     """A chain's weight depends on the two bends of its segment alone, in the backward of x too."""
-    for shape in ((5, 260, 2100), (100, 20, 30)):
+    for shape in ((5, 260, 2100), (3, 260, 2100), (100, 20, 30)):
         x, bends, coefficients, _ = curve_inputs(shape)
         coefficients[1] = 0
         expected = curve_linear_reference(x, bends, coefficients, [])
@@ -133,10 +135,11 @@ def test_curve_linear_does_not_read_bends_of_coefficient_zero():
         assert (OP.curve_linear(x, bends, torch.zeros(3), []) == 0).all()
 
 
+@pytest.mark.parametrize("rows", [3, 16])
 @pytest.mark.parametrize("dtype", [F32, BF16])
-def test_curve_linear_same_bits_for_any_number_of_threads(dtype):
+def test_curve_linear_same_bits_for_any_number_of_threads(dtype, rows):
     threads, results = torch.get_num_threads(), []
-    inputs = curve_inputs((16, 520, 2100), dtype, biases=3)
+    inputs = curve_inputs((rows, 520, 2100), dtype, biases=3)
     try:
         for count in (1, 2):
             torch.set_num_threads(count)
@@ -149,13 +152,13 @@ def test_curve_linear_same_bits_for_any_number_of_threads(dtype):
 
 
 def test_curve_linear_rule():
-    """On the fly: few rows, in fp32 more of them, and a weight of more than 2 MiB; fp64 never."""
+    """On the fly: few rows, in fp32 more of them where the weight has more than 2 MiB; fp64 never."""
     rule = lambda rows, itemsize, numel=2**24: _C.curve_linear_on_the_fly(rows, numel, itemsize)
     assert rule(1, 4) and rule(64, 4) and not rule(65, 4)
     assert rule(1, 2) and rule(16, 2) and not rule(17, 2)
     assert not rule(1, 8)
-    assert not rule(1, 4, 2**19) and rule(1, 4, 2**19 + 1)
-    assert not rule(1, 2, 2**20) and rule(1, 2, 2**20 + 1)
+    assert rule(4, 4, 1) and not rule(5, 4, 2**19) and rule(5, 4, 2**19 + 1)
+    assert rule(4, 2, 1) and not rule(5, 2, 2**20) and rule(5, 2, 2**20 + 1)
 
 
 # ---- gradients -----------------------------------------------------------------------------------------------------

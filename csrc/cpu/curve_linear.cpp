@@ -1,8 +1,9 @@
 // CPU kernels of curve_linear: ops/curve_linear.py has the contract.
 //
 // Three ways. "On the fly", for few rows and one t: some rows of the weight at a time are combined into a buffer in the
-// caches and multiplied there, so that the bends are read once and no weight is written. Many rows: the weight is
-// synthesised by curve_weights and given to the library's GEMM. A t for each row: one GEMM for each bend.
+// caches and multiplied there (for at most kFewRows, in registers), so that the bends are read once and no weight is
+// written. Many rows: the weight is synthesised by curve_weights and given to the library's GEMM. A t for each row: one
+// GEMM for each bend.
 #include "curve_linear.h"
 
 #include <ATen/ATen.h>
@@ -15,11 +16,13 @@
 
 namespace losssurf {
 
-// Measured with 3 bends. A smaller weight stays in the L2 cache, where writing it costs nothing; in half precision the
-// library's products of many rows are faster by more than that costs.
+// Measured with 3 bends. Registers win at every size. Otherwise a smaller weight stays in the L2 cache, where it costs
+// nothing to write; in half precision the library's products of many rows are faster by more than that costs.
 bool curve_linear_on_the_fly(int64_t rows, int64_t numel, int64_t element_size) {
   constexpr int64_t kSmallWeight = 2 << 20;  // bytes
-  if (element_size == 8 || numel * element_size <= kSmallWeight) return false;  // the kernels have fp32 lanes
+  if (element_size == 8) return false;  // the kernels have fp32 lanes
+  if (rows <= kFewRows) return true;
+  if (numel * element_size <= kSmallWeight) return false;
   return rows <= (element_size == 4 ? 64 : 16);
 }
 
@@ -31,6 +34,7 @@ using at::TensorList;
 constexpr int64_t kRowGroup = 12;       // rows of the weight that are combined at once in forward
 constexpr int64_t kForwardCols = 4096;  // of them at once: x^T and the buffer stay in L2
 constexpr int64_t kBackwardRows = 48, kBackwardCols = 2048;  // likewise in backward
+constexpr int64_t kOuterRows = 6;  // of the bends' gradients at once: their buffer stays near L1
 constexpr int64_t kLargeOutput = 4 << 20;  // bytes; a reader would not find the first of them in an inner cache
 
 int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
@@ -101,8 +105,12 @@ class Bends {
 
   // Columns [col, col + n) of a row of the weight
   void combine(int64_t row, int64_t col, int64_t n, float* out) const {
-    kernels().curve_sum({read_.data(), read_coefficients_.data(), static_cast<int64_t>(read_.size()), dtype_,
-                         {out, DType::f32}, false}, row * cols_ + col, n);
+    CurveSum weights = sum();
+    weights.out = {out, DType::f32};
+    kernels().curve_sum(weights, row * cols_ + col, n);
+  }
+  CurveSum sum() const {
+    return {read_.data(), read_coefficients_.data(), static_cast<int64_t>(read_.size()), dtype_, {}, false};
   }
   Array at(size_t j, int64_t row, int64_t col) const { return array_of(tensors_[j], row * cols_ + col); }
   float coefficient(size_t j) const { return coefficients_[j]; }
@@ -116,8 +124,29 @@ class Bends {
   std::vector<const void*> read_;  // those whose coefficient is not 0
 };
 
+// Forward at very few rows: each row of the weight is multiplied in registers.
+Tensor forward_in_registers(const Tensor& x, TensorList bend_list, const Tensor& coefficients, TensorList biases) {
+  const int64_t rows = x.size(0), inputs = x.size(1), outputs = bend_list[0].size(0);
+  Scratch scratch;
+  const auto options = x.options().dtype(at::kFloat);
+  const Tensor xs = scratch.cast(x, at::kFloat), yt = scratch.empty({outputs, rows}, options);
+  const Tensor bias = shared_bias(biases, coefficients, at::kFloat);
+  if (bias.defined()) yt.copy_(bias.unsqueeze(1).expand({outputs, rows}));
+  else yt.zero_();
+  const Bends bends(bend_list, coefficients);
+  const FewRows few{xs.data_ptr<float>(), inputs, rows};
+  float* y = yt.mutable_data_ptr<float>();
+  const int64_t grain = std::max<int64_t>(1, at::internal::GRAIN_SIZE / inputs);
+  at::parallel_for(0, outputs, grain, [&](int64_t begin, int64_t end) {
+    const CurveSum sum = bends.sum();
+    for (int64_t row = begin; row < end; ++row) kernels().curve_dots(sum, row * inputs, inputs, few, y + row * rows);
+  });
+  return yt.t().to(x.scalar_type(), false, true, at::MemoryFormat::Contiguous);
+}
+
 Tensor forward_on_the_fly(const Tensor& x, TensorList bend_list, const Tensor& coefficients, TensorList biases) {
   const int64_t rows = x.size(0), inputs = x.size(1), outputs = bend_list[0].size(0);
+  if (rows <= kFewRows) return forward_in_registers(x, bend_list, coefficients, biases);
   const int64_t lanes = round_up(rows, kColumns);
   Scratch scratch;
   const auto options = x.options().dtype(at::kFloat);
@@ -193,7 +222,15 @@ Tensor backward_on_the_fly(const Tensor& grad, const Tensor& x, TensorList bend_
       const int64_t wide = round_up(n, kColumns);
       for (int64_t row = 0; row < outputs; row += kBackwardRows) {
         const int64_t size = std::min(kBackwardRows, outputs - row);
-        if (need_x) {
+        if (need_x && rows <= kFewRows) {
+          // Of partial sums, so that their chains are short.
+          std::fill(buffer.begin(), buffer.begin() + rows * stride, 0.0f);
+          const FewRows part{buffer.data(), stride, rows};
+          for (int64_t r = row; r < row + size; ++r)
+            kernels().curve_add(bends.sum(), r * inputs + col, n, gp + r * rows, part);
+          for (int64_t m = 0; m < rows; ++m)
+            for (int64_t i = 0; i < n; ++i) dxp[m * padded + col + i] += buffer[m * stride + i];
+        } else if (need_x) {
           for (int64_t r = 0; r < size; ++r) {
             float* w = buffer.data() + r * stride;
             bends.combine(row + r, col, n, w);
@@ -203,19 +240,22 @@ Tensor backward_on_the_fly(const Tensor& grad, const Tensor& x, TensorList bend_
               {rows, wide, size, gp + row * rows, 1, rows, buffer.data(), stride, dxp + col, padded});
         }
         if (!need_outer) continue;
-        std::fill(buffer.begin(), buffer.end(), 0.0f);
-        kernels().small_product(
-            {size, wide, rows, gp + row * rows, rows, 1, xp + col, padded, buffer.data(), stride});
-        for (int64_t r = 0; r < size; ++r) {
-          const void* outer = buffer.data() + r * stride;
-          const Array of_row{buffer.data() + r * stride, DType::f32};
-          for (int64_t j = 0; j < count; ++j) {
-            if (need_coefficients)
-              sums[strip * count + j] += kernels().curve_product(n, of_row, bends.at(j, row + r, col));
-            if (!grad_bends[j].defined()) continue;
-            const float c = bends.coefficient(j);
-            kernels().curve_sum({&outer, &c, 1, DType::f32, array_of(grad_bends[j], (row + r) * inputs + col),
-                                 past_caches}, 0, n);
+        for (int64_t first = row; first < row + size; first += kOuterRows) {
+          const int64_t some = std::min(kOuterRows, row + size - first);
+          std::fill(buffer.begin(), buffer.begin() + some * stride, 0.0f);
+          kernels().small_product(
+              {some, wide, rows, gp + first * rows, rows, 1, xp + col, padded, buffer.data(), stride});
+          for (int64_t r = 0; r < some; ++r) {
+            const void* outer = buffer.data() + r * stride;
+            const Array of_row{buffer.data() + r * stride, DType::f32};
+            for (int64_t j = 0; j < count; ++j) {
+              if (need_coefficients)
+                sums[strip * count + j] += kernels().curve_product(n, of_row, bends.at(j, first + r, col));
+              if (!grad_bends[j].defined()) continue;
+              const float c = bends.coefficient(j);
+              kernels().curve_sum({&outer, &c, 1, DType::f32, array_of(grad_bends[j], (first + r) * inputs + col),
+                                   past_caches}, 0, n);
+            }
           }
         }
       }

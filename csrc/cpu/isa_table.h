@@ -23,6 +23,8 @@ const Kernels LSF_ISA = {
     swag_sample,
     curve_sum,
     curve_product,
+    curve_dots,
+    curve_add,
     small_product,
     max_magnitude,
     block_float_quantize,

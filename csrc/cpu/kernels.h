@@ -96,6 +96,13 @@ struct SmallProduct {
 };
 constexpr int64_t kColumns = 16;
 
+// Rows that multiply the bends' sum in registers: row m of `rows`, of fp32, begins at data + m stride.
+struct FewRows {
+  float* data;
+  int64_t stride, rows;
+};
+constexpr int64_t kFewRows = 4;
+
 struct Kernels {
   const char* instruction_set;
   // out = noise; tiles in fp32 that hold whole quads of whole rows, or of one row, may be of any size
@@ -123,6 +130,10 @@ struct Kernels {
   void (*curve_sum)(const CurveSum&, int64_t begin, int64_t n);
   // <grad, bend> over n elements, grad in fp32 or in bend's dtype: summed in fp32 over at most kTile, in fp64 beyond
   double (*curve_product)(int64_t n, Array grad, Array bend);
+  // out[m] += <x row m, elements [begin, begin + n) of the bends' sum>
+  void (*curve_dots)(const CurveSum&, int64_t begin, int64_t n, FewRows x, float* out);
+  // y row m += factors[m] times elements [begin, begin + n) of the bends' sum
+  void (*curve_add)(const CurveSum&, int64_t begin, int64_t n, const float* factors, FewRows y);
   // c += a b, in fp32
   void (*small_product)(const SmallProduct&);
   // The largest |x| as bits of fp32, where NaN is above infinity
