@@ -1,7 +1,11 @@
-"""What the tests of bands share: an energy over the plane with a curved valley, as a model."""
+"""What the tests of bands share: an energy over the plane with a curved valley, as a model, and short runs."""
 
 import torch
 from torch import nn
+
+import losssurf_fast as lsf
+
+F64 = torch.float64
 
 
 class Valley(nn.Module):
@@ -43,3 +47,12 @@ def assert_untouched(model, before):
     assert state.keys() == before[0].keys()
     assert all(torch.equal(state[name], t) for name, t in before[0].items())
     assert modes == before[1] and all(a is b for a, b in zip(grads, before[2], strict=True))
+
+
+SHORT = [{"steps": 3, "lr": 0.01, "count": 2, "subsample": 2}, {"insert": "highest", "count": 1}]
+
+
+def run(start, end, cycles=SHORT, loader=LOADER, loss_fn=energy, model=None, **options):
+    model = Valley(0.3, 0.4) if model is None else model
+    curve = lsf.auto_neb(model, start, end, loader, loss_fn=loss_fn, cycles=cycles, progress=False, **options)
+    return curve, curve.report

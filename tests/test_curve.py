@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from common import BF16, F16, F32, F64, INSTRUCTION_SETS, assert_as_good_as_eager, instruction_set
+from torch.autograd import gradcheck
 
 from losssurf_fast.ops.curve import (
     KINDS,
@@ -139,8 +140,8 @@ def test_curve_weights_backward_equals_reference(name, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_outputs_past_the_caches_are_the_same(dtype):
-    """Outputs of 4 MiB and more are written by other instructions."""
-    shapes = [(1_100_003,), (13,), (5, 7)]
+    """Outputs of 16 MiB and more are written by other instructions."""
+    shapes = [((16 << 20) // dtype.itemsize + 3,), (13,), (5, 7)]
     bends, c = bends_of(dtype, 3, shapes), curve_coefficients(0.3, 3)
     bends[1] = [b.requires_grad_() for b in bends[1]]
     weights = curve_weights(bends, c)
@@ -181,6 +182,23 @@ def test_a_bend_of_coefficient_zero_is_not_read(dtype):
         bends[j] = [torch.full_like(b, float("nan")) for b in bends[j]]
     assert_equal(curve_weights(bends, torch.tensor([0.0, 0.25, 0.75, 0.0])), expected)
     assert_equal(curve_weights(bends, torch.zeros(4)), [torch.zeros_like(b) for b in bends[0]])
+    for c in (torch.tensor([0.0, 0.25, 0.75, 0.0]), torch.zeros(4)):
+        assert_equal(curve_weights_reference(flat(bends), c), curve_weights(bends, c))
+
+
+def test_a_coefficient_is_zero_where_its_sum_rounds_it_to_zero():
+    """1e-60 is 0 in fp32 sums, not in those of fp64 beside them."""
+    columns = [[torch.ones(3, dtype=dtype) for dtype in DTYPES] for _ in range(2)]
+    columns[1] = [torch.full_like(w, float("inf")) for w in columns[1]]
+    c = torch.tensor([1.0, 1e-60], dtype=F64)
+    for wide, *others in (curve_weights(columns, c), curve_weights_reference(flat(columns), c)):
+        assert wide.isinf().all()
+        assert_equal(others, columns[0][1:])
+
+
+def test_the_reference_has_the_gradient_of_a_coefficient_of_zero():
+    bends, c = flat(bends_of(F64, 3, [(7,), (3, 5)])), torch.tensor([0.0, 1.0, 0.0], dtype=F64)
+    assert gradcheck(lambda c: tuple(curve_weights_reference(bends, c)), [c.requires_grad_()])
 
 
 def test_the_ends_of_a_curve_are_its_end_networks():
@@ -252,7 +270,7 @@ def test_memory_order_does_not_matter_and_is_that_of_the_first_bend():
 
 
 def test_many_uneven_tensors_leave_their_neighbours_alone():
-    shapes = [(i * 37 % 5000,) for i in range(400)]
+    shapes = [(i * 37 % 5000,) for i in range(400)] + [(3 << 20,), (5 << 20,), (7,)]  # some of which share a block
     bends = bends_of(BF16, 2, shapes)
     weights = curve_weights(bends, torch.tensor([1.0, 0.0]))
     for i, weight in enumerate(weights):

@@ -126,7 +126,7 @@ def test_backward_twice_needs_retain_graph():
 
 
 def test_weights_are_tensors_of_their_own():
-    """They share an allocation, and nothing that a user sees."""
+    """They share allocations, and nothing that a user sees."""
     bends = trainable(bends_of(F32, 3), 1)
     weights = curve_weights(bends, curve_coefficients(0.3, 3))
     for weight in weights:

@@ -1,7 +1,6 @@
-"""Curve in training: activation checkpointing, several forwards, copies, casts, compile, autocast, what stays alive."""
+"""Curve in training: higher gradients, copies, casts, autocast, averages, what stays alive."""
 
 import copy
-import dataclasses
 import gc
 import io
 import pickle
@@ -10,122 +9,12 @@ import weakref
 import pytest
 import torch
 from common import F64
+from curve_networks import Blocks, curve_of, gradients
 from torch import nn
 from torch.func import functional_call, grad
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 import losssurf_fast as lsf
-
-
-class Blocks(nn.Module):
-    """Layers in activation checkpoints, all of them or all but the last; None: in none."""
-
-    def __init__(self, reentrant=None, head=True):
-        super().__init__()
-        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(3))
-        self.head, self.reentrant = nn.Linear(4, 2) if head else None, reentrant
-
-    def forward(self, x):
-        for block in self.blocks:
-            x = block(x) if self.reentrant is None else checkpoint(block, x, use_reentrant=self.reentrant)
-        return x if self.head is None else self.head(x)
-
-
-def curve_of(factory, seed=0, double=True, **kwargs):
-    torch.manual_seed(seed)
-    models = [factory().to(F64 if double else torch.float32) for _ in range(2)]
-    curve = lsf.Curve(models, **kwargs)
-    for p in curve.bends[1].parameters():
-        p.data.add_(torch.randn_like(p), alpha=0.1)
-    return curve
-
-
-def gradients(curve, loss, *others):
-    curve.zero_grad()
-    for x in others:
-        x.grad = None
-    loss.backward()
-    return {n: p.grad.clone() for n, p in curve.named_parameters() if p.grad is not None}, [x.grad for x in others]
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("head", [True, False])
-def test_checkpoints_inside_the_network(reentrant, head):
-    plain, inside = (curve_of(lambda r=r: Blocks(r, head)) for r in (None, reentrant))
-    x, y = (torch.randn(3, 4, dtype=F64, requires_grad=True) for _ in range(2))
-    t = torch.tensor(0.6, dtype=F64, requires_grad=True)
-    losses = {
-        "one": lambda c: c(x, t=t).square().sum(),
-        "two": lambda c: c(x, t=t).square().sum() + 2 * c(y, t=0.8).square().sum(),
-        "interleaved": lambda c: (c(x, t=0.1) * c(x, t=0.4)).sum() + c(y, t=t).exp().sum(),
-        "with l2": lambda c: c(x, t=t).square().sum() + c.l2(),
-        "evaluated meanwhile": lambda c: evaluated(c, c(x, t=t).square().sum(), x),
-        "outside, too": lambda c: checkpoint(c, x, t=t, use_reentrant=False).square().sum() + c(y, t=0.2).sum(),
-    }
-    for name, loss in losses.items():
-        expected, others = gradients(plain, loss(plain), x, y, t)
-        actual, ours = gradients(inside, loss(inside), x, y, t)
-        assert expected.keys() == actual.keys() and expected
-        torch.testing.assert_close(actual, expected, msg=lambda m, name=name: f"{name}: {m}")
-        torch.testing.assert_close(ours, others)
-        assert inside._places.installed is None  # nothing is held after backward
-
-
-def evaluated(curve, loss, x):
-    """Other weights installed between forward and backward."""
-    with torch.no_grad():
-        curve(x, t=0.9)
-    with curve.at(0.3) as module:
-        module(x)
-    curve.module_at(0.5)
-    pickle.dumps(curve)
-    return loss
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpoint_around_the_curve_draws_the_same_t(reentrant):
-    curve = curve_of(Blocks)
-    x = torch.randn(3, 4, dtype=F64, requires_grad=True)
-    torch.manual_seed(5)
-    expected, others = gradients(curve, curve(x).square().sum(), x)
-    torch.manual_seed(5)
-    loss = checkpoint(curve, x, use_reentrant=reentrant).square().sum()
-    torch.manual_seed(6)
-    actual, ours = gradients(curve, loss, x)
-    torch.testing.assert_close((actual, ours), (expected, others))
-
-
-def test_backward_twice_through_a_checkpoint():
-    plain, inside = curve_of(Blocks), curve_of(lambda: Blocks(False))
-    x = torch.randn(3, 4, dtype=F64, requires_grad=True)
-    results = []
-    for curve in (plain, inside):
-        output = curve(x, t=0.3)
-        curve(x, t=0.7)
-        curve.zero_grad()
-        output.sum().backward(retain_graph=True)
-        output.square().sum().backward()
-        results.append([p.grad for p in curve.bends[1].parameters()])
-    torch.testing.assert_close(*results)
-
-
-@dataclasses.dataclass
-class Output:
-    logits: torch.Tensor
-    more: dict
-
-
-class InDataclass(Blocks):
-    def forward(self, x):
-        return Output(super().forward(x), {"hidden": [x]})
-
-
-def test_outputs_in_a_dataclass():
-    plain, inside = curve_of(InDataclass), curve_of(lambda: InDataclass(False))
-    x = torch.randn(3, 4, dtype=F64)
-    loss = lambda c: c(x, t=0.2).logits.sum() + c(x, t=0.7).logits.square().sum()
-    torch.testing.assert_close(gradients(inside, loss(inside)), gradients(plain, loss(plain)))
 
 
 def test_second_order_gradients():
@@ -359,46 +248,3 @@ def test_data_parallel_is_refused():
     curve = curve_of(lambda: nn.Linear(4, 2))
     with pytest.raises(NotImplementedError, match="Curve: nn.DataParallel is not supported"):
         curve._replicate_for_data_parallel()
-
-
-@pytest.mark.parametrize("factory", [Blocks, lambda: Blocks(False), lambda: nn.TransformerEncoderLayer(4, 2, 8, 0.0)])
-def test_compile_is_one_graph_for_all_t(factory):
-    curve = curve_of(factory, double=False)
-    x = torch.randn(3, 4) if not isinstance(curve.module, nn.TransformerEncoderLayer) else torch.randn(3, 2, 4)
-    graphs = []
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
-
-    torch._dynamo.reset()
-    compiled = torch.compile(lambda x, t: curve(x, t=t), backend=backend, fullgraph=True)
-    for t in (0.0, 0.3, 0.9):
-        t = torch.tensor(t, requires_grad=True)
-        expected = gradients(curve, curve(x, t=t).square().sum(), t)
-        actual = gradients(curve, compiled(x, t).square().sum(), t)
-        torch.testing.assert_close(actual, expected)
-    assert len(graphs) == 1 and curve._places.installed is None
-    sampling = torch.compile(curve, backend="aot_eager", fullgraph=True)
-    for seed in range(2):
-        torch.manual_seed(seed)
-        output = sampling(x)
-        loss = output.sum() + curve.l2()
-        actual = gradients(curve, loss)
-        torch.manual_seed(seed)
-        torch.testing.assert_close(curve(x), output)
-        torch.testing.assert_close(actual, gradients(curve, curve(x, t=curve.last_t).sum() + curve.l2()))
-
-
-def test_compiled_layers_inside():
-    torch.manual_seed(0)
-    models = [nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2)) for _ in range(2)]
-    expected = lsf.Curve(models)
-    for model in models:
-        model[0] = torch.compile(model[0], backend="aot_eager")
-    curve = lsf.Curve(models)
-    assert set(dict(curve.named_parameters())) == set(dict(expected.named_parameters()))
-    x = torch.randn(3, 4)
-    for t in (0.2, 0.7):
-        actual = gradients(curve, curve(x, t=t).square().sum())
-        torch.testing.assert_close(actual, gradients(expected, expected(x, t=t).square().sum()))

@@ -26,10 +26,10 @@ def graph_of(saddles, losses):
 
 def add(graph, a, b, saddle, cycles=1):
     curve = lsf.Curve([Valley(a, -a), Valley(b, -b)], kind="polychain", num_bends=4)
-    report = NEBReport(
+    curve.report = NEBReport(
         {"t": [0.0, 0.5, 1.0], "loss": [0.0, saddle, 0.0]}, 1, [1.0], [0.0, 1.0], [{"cycle": {}}] * cycles
     )
-    return graph.add_path(a, b, curve, report)
+    return graph.add_path(a, b, curve)
 
 
 SADDLES = {(0, 1): 5.0, (1, 2): 2.0, (0, 2): 3.0, (2, 3): 4.0, (1, 3): 4.5, (4, 5): 1.0}
@@ -90,9 +90,9 @@ def test_only_lower_or_further_paths_are_kept():
 def test_a_path_leads_both_ways():
     graph = graph_of({(1, 0): 5.0}, [0.0, 0.0])
     for a, b in ((0, 1), (1, 0)):
-        curve, report = graph.curve(a, b)
+        curve = graph.curve(a, b)
         found = [bend.x.item() for bend in curve.bends]
-        assert found == pytest.approx([a, a + (b - a) / 3, a + 2 * (b - a) / 3, b]) and report.saddle == 5.0
+        assert found == pytest.approx([a, a + (b - a) / 3, a + 2 * (b - a) / 3, b]) and curve.report.saddle == 5.0
         assert curve.kind == "polychain"
 
 
@@ -102,9 +102,10 @@ def test_a_path_and_its_report_turn_together():
     cycles = [{**CYCLES[0], "steps": 3, "spacing": "inserted"}, {"insert": "highest", "count": 1}]
     options = {"loss_fn": energy, "cycles": cycles, "progress": False}
     weights = [graph.graph.nodes[n]["weights"] for n in (1, 2)]
-    graph.add_path(2, 1, *lsf.auto_neb(graph.model, *weights[::-1], LOADER, **options))
+    graph.add_path(2, 1, lsf.auto_neb(graph.model, *weights[::-1], LOADER, **options))
     for a, b in ((1, 2), (2, 1)):
-        curve, report = graph.curve(a, b)
+        curve = graph.curve(a, b)
+        report = curve.report
         found = lsf.evaluate_curve(curve, LOADER, loss_fn=energy, num_points=len(report.points["t"]))
         assert report.points["loss"] == pytest.approx(found["data"]["loss"].values)
         assert report.points["t"] == pytest.approx(found.ts)
@@ -175,7 +176,7 @@ def test_files(tmp_path):
     assert dict(loaded.graph.nodes(data="loss")) == dict(graph.graph.nodes(data="loss"))
     assert {tuple(sorted(e[:2])): e[2] for e in loaded.graph.edges(data="saddle")} == SADDLES
     for a, b in SADDLES:
-        ours, theirs = loaded.curve(a, b)[0], graph.curve(a, b)[0]
+        ours, theirs = loaded.curve(a, b), graph.curve(a, b)
         assert all(torch.equal(p, q) for p, q in zip(ours.parameters(), theirs.parameters(), strict=True))
     (tmp_path / "damaged.pt").write_bytes((tmp_path / "graph.pt").read_bytes()[:300])
     with pytest.raises(ValueError, match="MinimaGraph.load: .*damaged.pt is damaged"):
@@ -194,6 +195,35 @@ def test_files(tmp_path):
         lsf.MinimaGraph.load(tmp_path / "graph.pt", torch.nn.Linear(2, 2))
 
 
+@pytest.mark.parametrize(
+    ("where", "value", "message"),
+    [
+        (("nodes",), None, "holds no MinimaGraph: 'NoneType' object is not iterable"),
+        (("nodes", 0), "x", "holds no MinimaGraph"),
+        (("nodes", 0, "weights"), 3, "must be a .*, got int"),
+        (("nodes", 0, "loss"), "low", "holds no MinimaGraph: .* loss must be a number, got str"),
+        (("edges",), {"a": 1}, "holds no MinimaGraph"),
+        (("edges", 0, "ends"), [0, 99], "minima are numbered 0 to 5, got 99"),
+        (("edges", 0, "ends"), [1, 1], "two minima must be given, got 1 twice"),
+        (("edges", 0, "ends"), [0, 1, 2], r"holds no MinimaGraph: edge 0 must have two ends, got \[0, 1, 2\]"),
+        (("edges", 0, "ends"), 3, "holds no MinimaGraph"),
+        (("edges", 0, "pivots"), [3], "must be a .*, got int"),
+        (("edges", 0, "pivots"), 3, "holds no MinimaGraph"),
+        (("edges", 0, "report"), None, "graph.pt, edge 0, holds no NEBReport"),
+        (("edges", 0, "report", "points"), {"t": [0.0]}, "graph.pt, edge 0, holds no NEBReport"),
+    ],
+)
+def test_a_file_with_wrong_parts(where, value, message, tmp_path):
+    graph_of(SADDLES, range(6)).save(tmp_path / "graph.pt")
+    part = state = torch.load(tmp_path / "graph.pt", weights_only=True)
+    for key in where[:-1]:
+        part = part[key]
+    part[where[-1]] = value
+    torch.save(state, tmp_path / "graph.pt")
+    with pytest.raises(ValueError, match=f"MinimaGraph.load: .*{message}"):
+        lsf.MinimaGraph.load(tmp_path / "graph.pt", Valley(0, 0))
+
+
 def test_the_graph_keeps_copies():
     minimum = Valley(0, 0)
     graph = lsf.MinimaGraph(minimum)
@@ -203,11 +233,12 @@ def test_the_graph_keeps_copies():
     assert graph.graph.nodes[0]["weights"]["x"] == 0
     curve = lsf.Curve([Valley(0, 0), Valley(1, -1)], kind="polychain", num_bends=3)
     graph.add_minimum(Valley(1, -1), 1.0)
-    report = NEBReport({"t": [0.0], "loss": [2.0]})
-    graph.add_path(0, 1, curve, report)
+    curve.report = NEBReport({"t": [0.0], "loss": [2.0]})
+    graph.add_path(0, 1, curve)
     with torch.no_grad():
         curve.bends[1].x.fill_(7.0)
-    assert graph.curve(0, 1)[0].bends[1].x == 0.5
+    curve.report.points["loss"][0] = 7.0
+    assert graph.curve(0, 1).bends[1].x == 0.5 and graph.curve(0, 1).report.saddle == 2.0
 
 
 def test_the_picture(tmp_path):
@@ -229,7 +260,11 @@ def test_bad_input():
     with pytest.raises(TypeError, match="MinimaGraph.add_minimum: loss must be a number, got str"):
         graph.add_minimum(Valley(0, 0), "low")
     with pytest.raises(ValueError, match="MinimaGraph.add_path: curve must lead from minimum 0 to 2; its ends are oth"):
-        graph.add_path(0, 2, *graph.curve(0, 1))
+        graph.add_path(0, 2, graph.curve(0, 1))
+    with pytest.raises(TypeError, match="MinimaGraph.add_path: curve must be a curve from auto_neb, got one without"):
+        graph.add_path(0, 1, lsf.Curve([Valley(0, 0), Valley(1, -1)], kind="polychain"))
+    with pytest.raises(TypeError, match="MinimaGraph.measure: loader must be one loader, got a dict of them"):
+        graph.measure(Valley(0, 0), {"train": LOADER})
     with pytest.raises(ValueError, match="MinimaGraph.curve: no direct path from minimum 0 to 2 is known"):
         graph.curve(0, 2)
     for question in (graph.saddle, graph.route, graph.curve):

@@ -183,8 +183,6 @@ def test_nothing_is_inserted_into_a_band_known_well_enough():
         assert segment.numel() == along.numel() == 0
     segment, _ = places_to_insert(Cycle(insert="none"), 3, [0, 9, 0, 9, 0], 1)
     assert segment.numel() == 0
-    segment, _ = places_to_insert(Cycle(insert="highest"), 3, [0.0, 1.0, 0.0], 0)
-    assert segment.numel() == 0
 
 
 def test_cycles_are_differences_from_the_one_before(tmp_path):
@@ -221,6 +219,11 @@ def test_cycles_are_differences_from_the_one_before(tmp_path):
         ([{"insert": "some"}], ValueError, "Cycle: insert must be one of .*, got 'some'"),
         ([{"spacing": "some"}], ValueError, "Cycle: spacing must be one of .*, got 'some'"),
         ([{"insert": "highest"}], ValueError, r"cycles\[0\] must have insert='equal', .* got 'highest'"),
+        (
+            [{}, {"subsample": 0}, {"insert": "highest"}],
+            ValueError,
+            r"caller: cycles\[1\] must have a subsample of at least 1, as cycles\[2\] inserts",
+        ),
         ("no/such/file.json", FileNotFoundError, "no/such/file.json"),
     ],
 )

@@ -19,8 +19,8 @@ def test_an_energy():
     options = {"loss_fn": energy, "cycles": CYCLES, "progress": False}
     wanted = lsf.auto_neb(Valley(0, 0), *minima(), LOADER, **options)
     found = lsf.auto_neb(Valley(0, 0).cuda(), *minima(), LOADER, device="cuda", **options)
-    torch.testing.assert_close({n: t.cpu() for n, t in found[0].state_dict().items()}, wanted[0].state_dict())
-    assert found[1].points["loss"] == pytest.approx(wanted[1].points["loss"])
+    torch.testing.assert_close({n: t.cpu() for n, t in found.state_dict().items()}, wanted.state_dict())
+    assert found.report.points["loss"] == pytest.approx(wanted.report.points["loss"])
 
 
 def test_steps_wait_for_nothing():
@@ -38,9 +38,9 @@ def test_steps_wait_for_nothing():
 
     cycles = [{"steps": 20, "lr": 0.01, "count": 3, "subsample": 1}]
     try:
-        curve, report = lsf.auto_neb(
+        curve = lsf.auto_neb(
             copy.deepcopy(networks[0]).cuda(), *networks[:2], loader, loss_fn=loss_fn, cycles=cycles, progress=False
         )
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert curve.num_bends == 5 and len(steps) == 60 and report.saddle < 10
+    assert curve.num_bends == 5 and len(steps) == 60 and curve.report.saddle < 10

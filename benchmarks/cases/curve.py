@@ -3,11 +3,12 @@
 Full is what a curve adds to a step of training: the weights are made, and given gradients of theirs become gradients of
 the inner bends. Bytes of an element of w bytes, R bends read and T trained: forward (R + 1) w, full (R + T + 2) w.
 Targets of full on one thread with three bends: many small tensors 4x eager and 2x torch, few large ones 1.8x and 1.4x.
+A step of training a whole curve is in curve_step.py.
 """
 
 import torch
 
-from benchmarks.cases import Case, Setup, dtype_of
+from benchmarks.cases import Case, Setup, curve_step, dtype_of
 from benchmarks.cases.averaging import LARGE, SMALL, TINY, numel
 from losssurf_fast.ops import curve_coefficients, curve_weights
 
@@ -15,8 +16,17 @@ PLACE = 0.3
 
 
 def eager(bends, coefficients):
-    """As timgaripov/dnn-mode-connectivity combines the bends of a layer (curves.py)."""
-    return [sum(c * w for c, w in zip(coefficients, column, strict=True)) for column in zip(*bends, strict=True)]
+    """Each tensor by itself, as timgaripov/dnn-mode-connectivity combines the bends of a layer (curves.py)."""
+    weights = []
+    for column in zip(*bends, strict=True):
+        weight = None
+        for c, bend in zip(coefficients, column, strict=True):
+            if weight is None:
+                weight = bend * c
+            else:
+                weight += bend * c
+        weights.append(weight)
+    return weights
 
 
 class ForeachCurve(torch.autograd.Function):
@@ -52,8 +62,10 @@ def _setup(shapes, dtype, num_bends, kind, full):
         make = lambda: [torch.randn(s, device=device, generator=draw).to(dtype_of(dtype)) for s in shapes]
         bends = [[w.requires_grad_(0 < j < num_bends - 1) for w in make()] for j in range(num_bends)]
         coefficients = curve_coefficients(PLACE, num_bends, kind).to(device)
-        read, made = [make() for _ in range(_num_read(num_bends, kind) - 1)], make()
-        written = [make() for _ in range(num_bends - 3)]
+        # The floor's lists are as many bytes in fp32, which torch passes over faster than over bf16.
+        words = [-(-w.nbytes // 4) for w in bends[0]]
+        plain = lambda count: [[torch.ones(n, device=device) for n in words] for _ in range(count)]
+        read, (made,), written = plain(_num_read(num_bends, kind) - 1), plain(1), plain(num_bends - 3)
 
         @torch.no_grad()
         def floor():
@@ -105,4 +117,4 @@ def cases(tiny: bool = False) -> list[Case]:
             result.append(case(shapes, dtype, "full", goal=goal if dtype == "fp32" else None, headline=dtype == "fp32"))
     result.append(case(small, "fp32", "full", num_bends=5))
     result.append(case(small, "fp32", "full", num_bends=5, kind="polychain"))
-    return result
+    return result + curve_step.cases(tiny)

@@ -85,7 +85,7 @@ def connect(data: Data, epochs: int, seed: int, quick: bool = False) -> dict[str
         {},
         {"lr": RATES[data.name] / 5},
     ]
-    curves[BAND], _ = auto_neb(
+    curves[BAND] = auto_neb(
         ends[0], *ends, _Batches(data, seed), cycles=cycles[: 2 if quick else None], weight_decay=DECAY,
         eval_loader=[(data.train_x[:SEEN], data.train_y[:SEEN])],
     )  # fmt: skip

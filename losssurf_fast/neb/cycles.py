@@ -1,5 +1,6 @@
 """The cycles of AutoNEB: how many pivots come where, and how the band is then trained."""
 
+import itertools
 import json
 import math
 import os
@@ -22,7 +23,8 @@ class Cycle:
         insert: "equal" puts ``count`` pivots into every segment, equally spaced; "highest" puts one into each of the
             at most ``count`` segments (all of them if it is None) with the highest deviations, where the loss exceeds
             that interpolated between the segment's ends by most, and by more than ``threshold`` times the range of the
-            pivots' losses; "none" inserts none. The first cycle's must be "equal".
+            pivots' losses; "none" inserts none. The first cycle's must be "equal", and the cycle before a "highest" one
+            needs a ``subsample``.
         count, threshold: see ``insert``.
         spring: the springs' constant. inf puts the pivots where they belong after every step.
         spacing: "equal" wants equal distances between pivots; "inserted" leaves inserted ones where they came in, so
@@ -117,6 +119,12 @@ def read_cycles(caller: str, cycles: Sequence[Mapping | Cycle] | str | os.PathLi
         raise ValueError(
             f"{caller}: cycles[0] must have insert='equal', as no loss is known yet; got {result[0].insert!r}"
         )
+    for i, (before, cycle) in enumerate(itertools.pairwise(result)):
+        if cycle.insert == "highest" and before.subsample == 0:
+            raise ValueError(
+                f"{caller}: cycles[{i}] must have a subsample of at least 1, as cycles[{i + 1}] inserts where the loss "
+                "deviates between pivots; got 0"
+            )
     return result
 
 
@@ -132,7 +140,7 @@ def places_to_insert(cycle: Cycle, pivots: int, losses: Sequence[float], subsamp
     if cycle.insert == "equal":
         along = torch.arange(1, cycle.count + 1, dtype=torch.float64) / (cycle.count + 1)
         return torch.arange(gaps).repeat_interleave(cycle.count), along.repeat(gaps)
-    if cycle.insert == "none" or subsample == 0:
+    if cycle.insert == "none":
         return torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.float64)
     losses = torch.tensor(losses, dtype=torch.float64)
     ends = losses[:: subsample + 1]

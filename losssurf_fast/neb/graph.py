@@ -3,22 +3,24 @@
 Source: Draxler et al., "Essentially no barriers in neural network energy landscape", ICML 2018, section 3.3.
 """
 
+import copy
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from losssurf_fast.averaging.batch_norm import is_first_rank
 from losssurf_fast.averaging.swap import restored
 from losssurf_fast.curve import Curve
-from losssurf_fast.evaluation import Evaluation, Metric
+from losssurf_fast.evaluation import Metric
 from losssurf_fast.files import load_state, save_state
-from losssurf_fast.neb.auto import auto_neb
+from losssurf_fast.neb.auto import auto_neb, measurement
 from losssurf_fast.neb.cycles import CYCLES, Cycle, read_cycles
-from losssurf_fast.neb.report import NEBReport
+from losssurf_fast.neb.report import NEBReport, report_of
 from losssurf_fast.neb.weights import weights_of
 
 _FORMAT = "MinimaGraph 1"
@@ -78,9 +80,14 @@ class MinimaGraph:
         self.graph.add_node(number, loss=float(loss), weights=_on_cpu(weights))
         return number
 
-    def add_path(self, a: int, b: int, curve: Curve, report: NEBReport) -> bool:
-        """Keep a path between two minima if its saddle is lower than that of the one between them, or it goes on it."""
+    def add_path(self, a: int, b: int, curve: Curve) -> bool:
+        """Keep :func:`auto_neb`'s path if its saddle is lower than that of the one kept so far, or if it goes on it.
+
+        Returns:
+            Whether it is kept.
+        """
         self._check_pair("add_path", a, b)
+        report = copy.deepcopy(report_of("MinimaGraph.add_path", "curve", curve))
         bends = [_on_cpu(dict(bend.named_parameters())) for bend in curve.bends]
         for number, bend in ((a, bends[0]), (b, bends[-1])):
             weights = self.graph.nodes[number]["weights"]
@@ -118,8 +125,8 @@ class MinimaGraph:
         route = self.route(a, b)
         return max(self.graph.edges[edge]["saddle"] for edge in pairwise(route))
 
-    def curve(self, a: int, b: int) -> tuple[Curve, NEBReport]:
-        """The direct path from ``a`` to ``b``, on the model's device.
+    def curve(self, a: int, b: int) -> Curve:
+        """The direct path from ``a`` to ``b`` with its ``report``, on the model's device.
 
         Raises:
             ValueError: there is none.
@@ -131,7 +138,9 @@ class MinimaGraph:
         nodes = self.graph.nodes
         pivots, report = (path.pivots, path.report) if a < b else (path.pivots[::-1], path.report.reversed())
         bends = [nodes[a]["weights"], *pivots, nodes[b]["weights"]]
-        return Curve(bends, kind="polychain", num_bends=len(bends), model=self.model), report
+        curve = Curve(bends, kind="polychain", num_bends=len(bends), model=self.model)
+        curve.report = copy.deepcopy(report)
+        return curve
 
     def suggest(self, rules: Sequence[str] = RULES[:3], cycles: int | None = None) -> tuple[int, int] | None:
         """The pair of minima to look between next, by the first of ``rules`` that has one; None if none has.
@@ -202,17 +211,22 @@ class MinimaGraph:
         save: str | os.PathLike | None = None,
         weight_decay: float = 0.0,
         eval_loader: Iterable | None = None,
-        device: torch.device | str | None = None,
+        metrics: Mapping[str, Metric] | None = None,
+        bn_loader: Iterable | None = None,
+        recalibrate: bool = True,
+        subset: float | int | None = None,
+        device: torch.device | str | int | None = None,
+        process_group=None,
         progress: bool = True,
     ) -> int:
         """Run :func:`auto_neb` between suggested minima until nothing is left to suggest; returns the number of runs.
 
         Args:
-            loader, loss_fn, cycles, weight_decay, eval_loader, device, progress: of :func:`auto_neb`.
             rules: of :meth:`suggest`.
             max_paths: stop after so many runs.
-            save: write the graph there after every cycle: a killed exploration goes on, from its last cycle, when the
-                loaded graph is explored.
+            save: write the graph there after every cycle, on the first rank: a killed exploration goes on, from its
+                last cycle, when the loaded graph is explored.
+            loader and all others: as for :func:`auto_neb`. Over several ranks each of them has the same graph.
         """
         plan = read_cycles("MinimaGraph.explore", cycles)
         runs = 0
@@ -222,9 +236,9 @@ class MinimaGraph:
                 break
             a, b = pair
 
-            def keep(curve, report, a=a, b=b):
-                self.add_path(a, b, curve, report)
-                if save is not None:
+            def keep(curve, a=a, b=b):
+                self.add_path(a, b, curve)
+                if save is not None and is_first_rank(process_group):
                     self.save(save)
 
             nodes = self.graph.nodes
@@ -237,7 +251,12 @@ class MinimaGraph:
                 cycles=plan,
                 weight_decay=weight_decay,
                 eval_loader=eval_loader,
+                metrics=metrics,
+                bn_loader=bn_loader,
+                recalibrate=recalibrate,
+                subset=subset,
                 device=device,
+                process_group=process_group,
                 resume=self.curve(a, b) if self.graph.has_edge(a, b) else None,
                 after_cycle=keep,
                 progress=progress,
@@ -246,13 +265,28 @@ class MinimaGraph:
         return runs
 
     def measure(
-        self, source: nn.Module | Mapping[str, torch.Tensor], loader: Iterable, loss_fn: Metric = F.cross_entropy
+        self,
+        source: nn.Module | Mapping[str, torch.Tensor],
+        loader: Iterable,
+        loss_fn: Metric = F.cross_entropy,
+        *,
+        eval_loader: Iterable | None = None,
+        bn_loader: Iterable | None = None,
+        recalibrate: bool = True,
+        subset: float | int | None = None,
+        device: torch.device | str | int | None = None,
+        process_group=None,
     ) -> float:
-        """The loss of a minimum as :func:`auto_neb` measures it, for :meth:`add_minimum`."""
-        weights = weights_of("MinimaGraph.measure", "source", source, self.model)
+        """The loss of a minimum as :func:`auto_neb` with these arguments measures it, for :meth:`add_minimum`."""
+        caller = "MinimaGraph.measure"
+        measure = measurement(
+            caller, self.model, loader, eval_loader, bn_loader, recalibrate,
+            loss_fn=loss_fn, subset=subset, device=device, process_group=process_group,
+        )  # fmt: skip
+        weights = weights_of(caller, "source", source, self.model)
         with restored(self.model) as write:
             write(weights)
-            return Evaluation("MinimaGraph.measure", loader, loss_fn, bn_loader=loader)(self.model)["loss"]
+            return measure(self.model)["loss"]
 
     # ---- files and pictures ---------------------------------------------------------------------------------------
 
@@ -260,7 +294,7 @@ class MinimaGraph:
         """Write the minima and paths to a file, atomically."""
         nodes = [dict(self.graph.nodes[n]) for n in range(len(self.graph))]
         edges = [
-            {"ends": [min(a, b), max(a, b)], "pivots": path.pivots, "report": asdict(path.report)}
+            {"ends": [min(a, b), max(a, b)], "pivots": path.pivots, "report": path.report.state()}
             for a, b, path in self.graph.edges(data="path")
         ]
         save_state({"format": _FORMAT, "nodes": nodes, "edges": edges}, path)
@@ -273,20 +307,26 @@ class MinimaGraph:
             FileNotFoundError: there is no such file.
             ValueError: it is damaged, or holds something else.
         """
-        state = load_state("MinimaGraph.load", path)
+        caller = "MinimaGraph.load"
+        state = load_state(caller, path)
         if not isinstance(state, dict) or state.get("format") != _FORMAT:
-            raise ValueError(f"MinimaGraph.load: {path} holds no MinimaGraph")
+            raise ValueError(f"{caller}: {path} holds no MinimaGraph")
         result = cls(model)
         try:
             for node in state["nodes"]:
-                result._add("MinimaGraph.load", str(path), node["weights"], node["loss"])
-            for edge in state["edges"]:
-                report = NEBReport(**edge["report"])
-                for pivot in edge["pivots"]:
-                    weights_of("MinimaGraph.load", str(path), pivot, model)
-                result.graph.add_edge(*edge["ends"], saddle=report.saddle, path=_Path(edge["pivots"], report))
+                result._add(caller, str(path), node["weights"], node["loss"])
+            for i, edge in enumerate(state["edges"]):
+                if len(edge["ends"]) != 2:
+                    raise TypeError(f"edge {i} must have two ends, got {edge['ends']}")
+                a, b = sorted(edge["ends"])
+                result._check_pair("load", a, b)
+                pivots = [weights_of(caller, str(path), pivot, model) for pivot in edge["pivots"]]
+                report = NEBReport.from_state(caller, edge["report"], f"{path}, edge {i},")
+                result.graph.add_edge(a, b, saddle=report.saddle, path=_Path(pivots, report))
         except KeyError as error:
-            raise ValueError(f"MinimaGraph.load: {path} holds no MinimaGraph: it lacks {error}") from None
+            raise ValueError(f"{caller}: {path} holds no MinimaGraph: it lacks {error}") from None
+        except (TypeError, RuntimeError) as error:
+            raise ValueError(f"{caller}: {path} holds no MinimaGraph: {error}") from error
         return result
 
     def plot(self, path: str | os.PathLike | None = None):

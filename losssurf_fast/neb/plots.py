@@ -17,11 +17,11 @@ def _finish(figure, path: str | os.PathLike | None):
 
 def along_and_cycles(report, path: str | os.PathLike | None):
     """The loss along the path with its pivots, and the saddle after each cycle."""
+    pivots, step = report.pivot_losses, report.subsample + 1
     figure = new_figure(8, 3.4)
     along, cycles = figure.subplots(1, 2, width_ratios=(1.6, 1))
     along.plot(report.points["t"], report.points["loss"], color=_BLUE, lw=1.8)
-    step = report.subsample + 1
-    along.plot(report.points["t"][::step], report.pivot_losses, "o", color=_RED, ms=4, label="pivots")
+    along.plot(report.points["t"][::step], pivots, "o", color=_RED, ms=4, label="pivots")
     along.set_xlabel("t")
     along.set_ylabel("loss")
     along.legend(frameon=False)

@@ -3,7 +3,10 @@
 import os
 from dataclasses import asdict, dataclass, field, replace
 
+from losssurf_fast.curve import Curve
 from losssurf_fast.files import load_state, save_state
+
+_FORMAT = "NEBReport 1"
 
 
 @dataclass
@@ -16,6 +19,9 @@ class NEBReport:
         lengths: of the segments between pivots, over the trainable parameters.
         places: where the pivots should lie, as shares of the path's length.
         history: for each cycle its settings, the numbers of pivots, the saddle and the path's length.
+
+    Raises:
+        RuntimeError: by what asks for losses, before the first cycle.
     """
 
     points: dict[str, list[float]] = field(default_factory=dict)
@@ -27,12 +33,13 @@ class NEBReport:
     @property
     def saddle(self) -> float:
         """The highest loss on the path."""
-        return max(self.points["loss"])
+        return max(self._losses)
 
     @property
     def saddle_t(self) -> float:
         """Where on the curve it is."""
-        return self.points["t"][self.points["loss"].index(self.saddle)]
+        i = self._losses.index(self.saddle)
+        return self.points["t"][i]
 
     @property
     def length(self) -> float:
@@ -40,7 +47,13 @@ class NEBReport:
 
     @property
     def pivot_losses(self) -> list[float]:
-        return self.points["loss"][:: self.subsample + 1]
+        return self._losses[:: self.subsample + 1]
+
+    @property
+    def _losses(self) -> list[float]:
+        if not self.points:
+            raise RuntimeError("NEBReport: no losses are known before the first cycle")
+        return self.points["loss"]
 
     def reversed(self) -> "NEBReport":
         """Of the same path from its end to its start."""
@@ -49,9 +62,24 @@ class NEBReport:
         places = [1 - place for place in self.places[::-1]]
         return replace(self, points=points, lengths=self.lengths[::-1], places=places)
 
+    def state(self) -> dict:
+        """What files hold of it."""
+        return {"format": _FORMAT, **asdict(self)}
+
+    @classmethod
+    def from_state(cls, caller: str, state, where: str) -> "NEBReport":
+        """A report from its :meth:`state`, which was read at ``where``.
+
+        Raises:
+            ValueError: it is none.
+        """
+        if not _is_state(state):
+            raise ValueError(f"{caller}: {where} holds no NEBReport")
+        return cls(**{name: value for name, value in state.items() if name != "format"})
+
     def save(self, path: str | os.PathLike) -> None:
         """Write it to a file, atomically."""
-        save_state({"format": "NEBReport 1", **asdict(self)}, path)
+        save_state(self.state(), path)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "NEBReport":
@@ -61,19 +89,44 @@ class NEBReport:
             FileNotFoundError: there is no such file.
             ValueError: it is damaged or holds something else.
         """
-        return cls.from_state("NEBReport.load", load_state("NEBReport.load", path), path)
-
-    @classmethod
-    def from_state(cls, caller: str, state, path) -> "NEBReport":
-        if not isinstance(state, dict) or state.pop("format", None) != "NEBReport 1":
-            raise ValueError(f"{caller}: {path} holds no NEBReport")
-        try:
-            return cls(**state)
-        except TypeError as error:
-            raise ValueError(f"{caller}: {path} holds no NEBReport: {error}") from None
+        return cls.from_state("NEBReport.load", load_state("NEBReport.load", path), str(path))
 
     def plot(self, path: str | os.PathLike | None = None):
         """The loss along the path, with its pivots, and the saddle after each cycle; a figure, saved to ``path``."""
         from losssurf_fast.neb.plots import along_and_cycles
 
         return along_and_cycles(self, path)
+
+
+def _is_state(state) -> bool:
+    numbers = lambda values: isinstance(values, list) and all(isinstance(n, int | float) for n in values)
+    match state:
+        case {
+            "format": str(kind), "points": dict(points), "subsample": int(subsample), "lengths": lengths,
+            "places": places, "history": list(history), **others,
+        }:  # fmt: skip
+            sizes = {len(values) for values in points.values() if numbers(values)}
+            measured = {"t", "loss"} <= points.keys() and len(sizes) == 1 and 0 not in sizes
+            return (
+                kind == _FORMAT
+                and not others
+                and subsample >= 0
+                and all(map(numbers, (*points.values(), lengths, places)))
+                and all(isinstance(entry, dict) and isinstance(entry.get("cycle"), dict) for entry in history)
+                and (measured or not (points or history))
+            )
+    return False
+
+
+def report_of(caller: str, argument: str, curve: Curve) -> NEBReport:
+    """What :func:`losssurf_fast.auto_neb` found about its curve.
+
+    Raises:
+        TypeError: it is no such curve.
+    """
+    if not isinstance(curve, Curve):
+        raise TypeError(f"{caller}: {argument} must be a curve from auto_neb, got {type(curve).__name__}")
+    report = getattr(curve, "report", None)
+    if not isinstance(report, NEBReport):
+        raise TypeError(f"{caller}: {argument} must be a curve from auto_neb, got one without its report")
+    return report

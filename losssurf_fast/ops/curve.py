@@ -11,15 +11,16 @@ Source: Garipov et al., "Loss surfaces, mode connectivity, and fast ensembling o
 gives the talk's two formulas.
 
 K bends, P tensors in each, j and p their numbers. Numerics: in fp32 whatever the dtype, in fp64 for fp64; the sum runs
-by fma in the order of j, starting from c_0 w_0, so every backend returns the same bits. Kernels do not read a bend with
-coefficient 0 (a chain has K - 2 such bends; the reference does, so that NaN in one shows there alone). Gradients, with
-g_p that of weight p::
+by fma in the order of j, starting from c_0 w_0, so every backend returns the same bits. A bend whose coefficient is 0
+in that precision is not read (a chain has K - 2 such bends): NaN or infinity in one does not show. Gradients, with g_p
+that of weight p::
 
     d/dw_jp = c_j g_p                 d/dc_j = sum_p <g_p, w_jp>
 
-The second is summed in fp32 over 2048 elements and in fp64 beyond, alike for any number of threads. A frozen bend costs
-backward nothing, nor does a weight that was not used: its bends get no gradient. Bends are saved for the coefficients'
-gradient alone. On the CPU a call's results lie in one allocation for each dtype, which lives as long as any of them.
+The second is summed in fp32 over 2048 elements and in fp64 beyond, alike for any number of threads, over all bends
+(under torch.func and forward mode without what is not finite where c_j = 0). A frozen bend costs backward nothing, nor
+does a weight that was not used: its bends get no gradient. Bends are saved for the coefficients' gradient alone. On the
+CPU small results share allocations of up to 8 MiB, which live as long as any tensor in them.
 
 Floor per element, fp32, K = 3 with the inner bend trainable: forward reads 3 and writes 1, backward reads 1 and writes
 1: 24 bytes; the gradient of t makes backward read all bends.
@@ -115,11 +116,16 @@ def curve_weights_reference(bends, coefficients):
         first, *others = bends[p::size]
         wide = torch.promote_types(first.dtype, torch.float32)
         c = coefficients.to(wide).unbind()
-        total = first.to(wide) * c[0]
+        total = _read(first.to(wide), c[0]) * c[0]
         for bend, coefficient in zip(others, c[1:], strict=True):
-            total = fma(bend.to(wide), coefficient, total)
+            total = fma(_read(bend.to(wide), coefficient), coefficient, total)
         weights.append(total.to(first.dtype))
     return weights
+
+
+def _read(bend, coefficient):
+    """``bend`` without what would show in the sum if its coefficient is 0; the gradient of the coefficient needs it."""
+    return torch.where((coefficient == 0) & ~bend.isfinite(), 0, bend)
 
 
 def curve_weights_backward_reference(grads, bends, coefficients, needed, need_coefficients):
