@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from losssurf_fast.arguments import check_group
 from losssurf_fast.averaging.batch_norm import call_on_batch, spread_over_ranks, to_device, tracking_layers, update_bn
 from losssurf_fast.loaders import Inputs, by_name, num_samples, refuse_single_pass, split_batch
-from losssurf_fast.outputs import is_cross_entropy, logits_of, measure
+from losssurf_fast.outputs import call_metric, is_cross_entropy, logits_of
 from losssurf_fast.prediction import evaluation_mode
 
 Metric = Callable[[Any, Any], torch.Tensor]
@@ -69,7 +69,7 @@ def evaluate(
                 outputs = call_on_batch(caller, model, (inputs,), device, None)
                 if samples:
                     functions = {"loss": loss_fn, **(metrics or {})}
-                    found = {name: measure(function, outputs, targets) for name, function in functions.items()}
+                    found = {name: call_metric(function, outputs, targets) for name, function in functions.items()}
                     counted = {} if "error" in found else _wrong(logits_of(outputs), targets, is_cross_entropy(loss_fn))
                     sums.add(found, samples, counted)
     except Exception as e:  # raised below, once the other ranks know

@@ -27,6 +27,6 @@ def is_cross_entropy(function: Callable) -> bool:
     return function is F.cross_entropy or isinstance(function, nn.CrossEntropyLoss)
 
 
-def measure(function: Callable[[Any, Any], torch.Tensor], outputs: Any, targets: Any) -> torch.Tensor:
+def call_metric(function: Callable[[Any, Any], torch.Tensor], outputs: Any, targets: Any) -> torch.Tensor:
     """``function(outputs, targets)``; cross entropy gets :func:`logits_of` them."""
     return function(logits_of(outputs) if is_cross_entropy(function) else outputs, targets)
