@@ -1,6 +1,8 @@
-"""Checks of numbers among the arguments of what evaluates networks."""
+"""Checks of numbers and groups among the arguments of what evaluates networks."""
 
 import math
+
+import torch.distributed as dist
 
 
 def check_int(caller: str, argument: str, value, least: int) -> int:
@@ -28,3 +30,16 @@ def check_number(caller: str, argument: str, value, *, positive: bool = False, l
         range_ = "positive and finite" if positive else "finite" if least == -math.inf else f"finite, at least {least}"
         raise ValueError(f"{caller}: {argument} must be {range_}, got {value}")
     return float(value)
+
+
+def check_group(caller: str, process_group) -> None:
+    """Refuse what is no process group, None (all ranks) or False (this one alone).
+
+    Raises:
+        TypeError: it is none.
+    """
+    if process_group is None or process_group is False:
+        return
+    if not dist.is_available() or not isinstance(process_group, dist.ProcessGroup):
+        got = type(process_group).__name__
+        raise TypeError(f"{caller}: process_group must be a ProcessGroup, None or False, got {got}")

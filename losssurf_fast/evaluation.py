@@ -9,8 +9,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 
+from losssurf_fast.arguments import check_group
 from losssurf_fast.averaging.batch_norm import call_on_batch, spread_over_ranks, to_device, tracking_layers, update_bn
 from losssurf_fast.loaders import Inputs, by_name, num_samples, refuse_single_pass, split_batch
+from losssurf_fast.outputs import call_metric, is_cross_entropy, logits_of
 from losssurf_fast.prediction import evaluation_mode
 
 Metric = Callable[[Any, Any], torch.Tensor]
@@ -37,7 +39,10 @@ def evaluate(
             "label" and whose other items are the model's keyword arguments, as are those of inputs that are a dict.
         loss_fn: ``loss_fn(outputs, targets)`` gives the mean over a batch as a tensor of one element. Batches weigh by
             their number of samples, the first size of the targets; empty ones count nothing. A NaN is a result, such as
-            cross_entropy's where it ignores a batch's every target.
+            cross_entropy's where it ignores a batch's every target. (By samples also where some targets are ignored or
+            a sample has many: the mean over all targets is that over batches only if each has equally many.)
+            Cross entropy of torch (also with options, by ``functools.partial`` or ``nn.CrossEntropyLoss``) gets the
+            ``logits``, an attribute or key, of outputs that are no tensor; any other function the outputs themselves.
         metrics: more functions like ``loss_fn``, by name. One named "error" replaces the following.
         device: where to move a batch's tensors; None leaves them.
         process_group: where torch.distributed is initialised each rank reads its share of the data, which may be
@@ -45,7 +50,8 @@ def evaluate(
 
     The error is the fraction of wrong classes where targets are integers [N, ...] and outputs logits [N, C, ...], C at
     least 2, as ``torch.nn.functional.cross_entropy`` takes them; targets below 0, which it ignores, do not count, nor
-    does a batch weigh by them.
+    does a batch weigh by them. Where the classes might as well be last ([N, C, C] for targets [N, C]) there is an error
+    only if ``loss_fn`` is cross entropy.
 
     Raises:
         TypeError, ValueError: an argument or batch is not as above, or the loader is empty (on every rank).
@@ -62,9 +68,10 @@ def evaluate(
                 samples, targets = num_samples(caller, targets), to_device(targets, device)
                 outputs = call_on_batch(caller, model, (inputs,), device, None)
                 if samples:
-                    found = {"loss": loss_fn(outputs, targets)}
-                    found |= {name: metric(outputs, targets) for name, metric in (metrics or {}).items()}
-                    sums.add(found, samples, {} if "error" in found else _wrong(outputs, targets))
+                    functions = {"loss": loss_fn, **(metrics or {})}
+                    found = {name: call_metric(function, outputs, targets) for name, function in functions.items()}
+                    counted = {} if "error" in found else _wrong(logits_of(outputs), targets, is_cross_entropy(loss_fn))
+                    sums.add(found, samples, counted)
     except Exception as e:  # raised below, once the other ranks know
         error = e
     if spread_over_ranks(process_group):
@@ -86,13 +93,17 @@ def _check(caller: str, loss_fn: Metric, metrics: Mapping[str, Metric] | None) -
         raise ValueError(f"{caller}: a metric must not be named 'loss', which is loss_fn's")
 
 
-def _wrong(outputs, targets) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """The numbers of wrong classes and of those that count, where outputs and targets are logits and labels."""
+def _wrong(outputs, targets, classes_second: bool) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """The numbers of wrong classes and of those that count, where outputs and targets are logits and labels.
+
+    ``classes_second`` says so of outputs whose shape does not.
+    """
     if not isinstance(outputs, torch.Tensor) or not isinstance(targets, torch.Tensor):
         return {}
     integers = not (targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool)
     logits = outputs.dim() > 1 and outputs.shape[1] > 1 and outputs.shape[:1] + outputs.shape[2:] == targets.shape
-    if not integers or not logits:
+    ambiguous = outputs.dim() > 2 and outputs.shape[:-1] == targets.shape
+    if not integers or not logits or (ambiguous and not classes_second):
         return {}
     counted = targets >= 0
     wrong = (outputs.argmax(1) != targets) & counted
@@ -111,7 +122,10 @@ class _Sums:
         """Take in the means over a batch of so many samples, and sums with numbers of their own."""
         for name, value in found.items():
             if not isinstance(value, torch.Tensor):
-                raise TypeError(f"{self._caller}: {name} must be a tensor, which nothing waits for, got {value!r}")
+                wanted = "a tensor of one element (not its item(), which would wait for the device)"
+                raise TypeError(f"{self._caller}: {name} must be {wanted}, got {value!r}")
+            if value.is_complex():
+                raise TypeError(f"{self._caller}: {name} must be real, got {value.dtype}")
             if value.numel() != 1:
                 shape = tuple(value.shape)
                 raise ValueError(f"{self._caller}: {name} must be a scalar, the mean over a batch, got {shape}")
@@ -178,6 +192,7 @@ class Evaluation:
 
     def __post_init__(self) -> None:
         _check(self.caller, self.loss_fn, self.metrics)
+        check_group(self.caller, self.process_group)
         if isinstance(self.loader, Mapping):
             if not self.loader:
                 raise ValueError(f"{self.caller}: loader must hold at least one loader, got none")
@@ -245,8 +260,11 @@ def statistics_loader(caller: str, model: nn.Module, loaders, bn_loader, recalib
     """The data for the BatchNorm statistics of every point: ``bn_loader``, or the loader "train"; None for none.
 
     Raises:
+        TypeError: ``recalibrate`` is no bool.
         ValueError: the model has BatchNorm layers and there is no such loader, or both arguments are given.
     """
+    if not isinstance(recalibrate, bool):
+        raise TypeError(f"{caller}: recalibrate must be a bool, got {type(recalibrate).__name__}")
     if not recalibrate and bn_loader is not None:
         raise ValueError(f"{caller}: bn_loader and recalibrate=False exclude each other")
     if bn_loader is not None or not recalibrate or not tracking_layers(model):

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from losssurf_fast.nn.stochastic import stochastic_layers
+from losssurf_fast.outputs import logits_of
 
 SCHEMES = ("deterministic", "stochastic", "ensemble")
 
@@ -61,7 +62,7 @@ def predict(
     in ``eval()``; every module's mode is restored.
 
     Args:
-        model: returns logits, classes last.
+        model: returns logits, classes last, or what has them as attribute or key "logits".
         x: passed to the model as its only argument.
         num_samples: draws of the ensemble; the other schemes ignore it.
         seed: fixes the noise and leaves torch's generators as they were. None draws from the default generator.
@@ -92,7 +93,7 @@ def predict(
 
 def _log_probabilities(model: nn.Module, x, copies: int) -> torch.Tensor:
     """log of the sum of ``copies`` softmaxes."""
-    logits = model(x if copies == 1 else x.repeat(copies, *[1] * (x.dim() - 1)))
+    logits = logits_of(model(x if copies == 1 else x.repeat(copies, *[1] * (x.dim() - 1))))
     log_probs = log_softmax(logits)
     if copies == 1:
         return log_probs
@@ -104,10 +105,13 @@ def _log_probabilities(model: nn.Module, x, copies: int) -> torch.Tensor:
     return log_probs.unflatten(0, (copies, x.shape[0])).logsumexp(0)
 
 
-def log_softmax(logits) -> torch.Tensor:
-    """Of what a model returned, in float32 (float64 for float64 logits)."""
+def log_softmax(outputs) -> torch.Tensor:
+    """Of what a model returned, or the ``logits`` in it, in float32 (float64 for float64 logits)."""
+    logits = logits_of(outputs)
     if not isinstance(logits, torch.Tensor):
-        raise TypeError(f"predict: the model must return a tensor of logits, got {type(logits).__name__}")
+        raise TypeError(
+            f"predict: the model must return a tensor of logits, or one as .logits, got {type(logits).__name__}"
+        )
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
 

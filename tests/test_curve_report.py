@@ -157,6 +157,7 @@ def test_evaluate_curve_recalibrates():
         ({"ts": "a"}, TypeError, "ts must be numbers"),
         ({"weight_decay": -1}, ValueError, "weight_decay must be finite, at least 0, got -1"),
         ({"weight_decay": float("nan")}, ValueError, "weight_decay must be finite, at least 0, got nan"),
+        ({"recalibrate": "no"}, TypeError, "recalibrate must be a bool, got str"),
         ({"weight_decay": "1"}, TypeError, "weight_decay must be a number, got str"),
         ({"loader": {}}, ValueError, "at least one loader"),
         ({"loader": iter(batches(3))}, ValueError, "is read once for every point"),

@@ -1,3 +1,6 @@
+import functools
+from types import SimpleNamespace
+
 import pytest
 import torch
 from common import F64
@@ -119,6 +122,39 @@ def test_evaluate_error_is_of_class_labels(outputs, targets, error):
     assert found.get("error") == (None if error is None else pytest.approx(error))
 
 
+@pytest.mark.parametrize("loss_fn", [F.cross_entropy, nn.CrossEntropyLoss(label_smoothing=0.1)])
+def test_evaluate_error_where_classes_may_be_second_or_last(loss_fn):
+    """A language model's [N, T, C] with T = C: its loss alone knows where the classes are."""
+    outputs = torch.randn(4, 5, 5)
+    targets = outputs.argmax(-1)
+    flat = lambda o, t: loss_fn(o.flatten(0, 1), t.flatten())
+    assert list(evaluate("f", nn.Identity(), [(outputs, targets)], flat)) == ["loss"]
+    partial = functools.partial(loss_fn)
+    for second in (loss_fn, partial):
+        found = evaluate("f", nn.Identity(), [(outputs.mT, targets)], second)
+        assert found["error"] == 0 and found["loss"] == pytest.approx(flat(outputs, targets).item())
+
+
+@pytest.mark.parametrize("wrap", [lambda x: {"logits": x, "hidden": 0}, lambda x: SimpleNamespace(logits=x, loss=None)])
+@pytest.mark.parametrize("loss_fn", [F.cross_entropy, nn.CrossEntropyLoss(), functools.partial(F.cross_entropy)])
+def test_evaluate_measures_the_logits_in_outputs(wrap, loss_fn):
+    class Wrapped(Classifier):
+        def forward(self, x):
+            return wrap(super().forward(x))
+
+    plain, model = Classifier(), Wrapped()
+    model.load_state_dict(plain.state_dict())
+    assert evaluate("f", model, batches(4, 3), loss_fn) == evaluate("f", plain, batches(4, 3))
+    own = evaluate("f", model, batches(4, 3), lambda o, t: o["logits"].sum() if isinstance(o, dict) else o.logits.sum())
+    assert own["error"] == evaluate("f", plain, batches(4, 3))["error"]
+    x = batches(4)[0][0]
+    expected = plain.eval()(x).softmax(-1)
+    torch.testing.assert_close(lsf.predict(model, x, "deterministic"), expected)
+    model.train()
+    curve = lsf.Curve([model, Wrapped()])
+    torch.testing.assert_close(curve.predict(x, [0.0]), expected, check_dtype=False)
+
+
 def test_evaluate_lets_a_metric_replace_the_error():
     error = lambda outputs, targets: outputs.new_tensor(0.5)
     assert evaluate("f", Classifier(), batches(4), metrics={"error": error})["error"] == 0.5
@@ -168,7 +204,8 @@ X, Y = batches(4)[0]
         ([{"pixels": X, "label": Y, "labels": Y}], {}, ValueError, "one of the keys"),
         ([(X, [1, 2, 3, 4])], {}, TypeError, "targets must be a tensor or hold one, got list"),
         ([(X, Y)], {"loss_fn": lambda o, t: F.cross_entropy(o, t, reduction="none")}, ValueError, r"scalar.*\(4,\)"),
-        ([(X, Y)], {"loss_fn": lambda o, t: 0.5}, TypeError, "loss must be a tensor.*got 0.5"),
+        ([(X, Y)], {"loss_fn": lambda o, t: 0.5}, TypeError, r"loss must be a tensor .*\(not its item\(\).*got 0.5"),
+        ([(X, Y)], {"loss_fn": lambda o, t: o.sum() * 1j}, TypeError, "loss must be real, got torch.complex"),
         ([(X, Y)], {"loss_fn": lambda o, t: None}, TypeError, "loss must be a tensor.*got None"),
         ([(X, Y)], {"loss_fn": "ce"}, TypeError, "loss_fn must be a function"),
         ([(X, Y)], {"metrics": {"top2": 3}}, TypeError, "top2 must be a function"),
@@ -194,6 +231,8 @@ def test_evaluate_refuses(loader, options, error, match):
         ({}, {}, ValueError, "at least one loader"),
         ({"train": 3}, {}, TypeError, r"loader\['train'\] must be a loader of batches, got int"),
         (batches(4), {"loss_fn": 1}, TypeError, "loss_fn must be a function"),
+        (batches(4), {"process_group": "x"}, TypeError, "process_group must be a ProcessGroup, None or False, got str"),
+        (batches(4), {"process_group": 0}, TypeError, "process_group must be a ProcessGroup, None or False, got int"),
     ],
 )
 def test_evaluation_refuses(loaders, options, error, match):

@@ -248,7 +248,8 @@ def test_the_picture(tmp_path):
     assert sorted(int(label.get_text()) for label in axes.get_xticklabels()) == list(range(6))
     level = [tuple(line.get_ydata()) for line in axes.lines if len(set(line.get_ydata())) == 1]
     assert sorted(y for y, _ in level) == [1.0, 2.0, 3.0, 4.0]  # the saddles of the tree
-    lsf.MinimaGraph(Valley(0, 0)).plot()
+    (axes,) = lsf.MinimaGraph(Valley(0, 0)).plot(tmp_path / "empty.png").axes
+    assert [text.get_text() for text in axes.texts] == ["no finite values"]
 
 
 def test_bad_input():

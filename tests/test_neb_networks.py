@@ -37,6 +37,19 @@ def digits():
     return nets, loader
 
 
+class Wrapped(Digits):
+    def forward(self, x):
+        return {"logits": super().forward(x)}
+
+
+def test_outputs_with_logits(digits):
+    nets, loader = digits
+    cycles = [{"steps": 2, "lr": 0.1, "subsample": 0}]
+    curve, _ = run(*nets, cycles, loader, F.cross_entropy, Digits(2))
+    _, report = run(*nets, cycles, loader, F.cross_entropy, Wrapped(2))
+    assert report.points == curve.report.points and "error" in report.points
+
+
 def test_networks_with_batch_norm(digits):
     (a, b), loader = digits
     model = copy.deepcopy(a).eval()

@@ -173,7 +173,7 @@ class Summed(nn.Sequential):
         (
             lambda: lsf.predict(TwoOutputs(lsf.nn.LRTLinear(6, 4)), torch.ones(1, 6)),
             TypeError,
-            "must return a tensor of logits, got tuple",
+            "must return a tensor of logits, or one as .logits, got tuple",
         ),
         (
             lambda: lsf.predict(Summed(lsf.nn.LRTLinear(6, 4)), torch.ones(1, 6), draws_per_call=3),

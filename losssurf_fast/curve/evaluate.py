@@ -55,7 +55,8 @@ def evaluate_curve(
         num_points: at even steps of t, the ends counted.
         ts: places on the curve instead, increasing, at least two.
         loss_fn, metrics: ``loss_fn(outputs, targets)`` gives the mean over a batch as a scalar tensor, and so do
-            ``metrics``, by name. One named "error" replaces the fraction of wrong classes.
+            ``metrics``, by name. One named "error" replaces the fraction of wrong classes. Outputs with ``logits``, and
+            the batches' weights, are as for :meth:`losssurf_fast.Plane.evaluate`.
         weight_decay: the L2 term ``weight_decay / 2 * |w(t)|^2`` over all parameters distinguishes "loss" from "nll".
         bn_loader: data for the BatchNorm statistics; None for the loader named "train".
         recalibrate: False keeps the statistics that ``curve.module`` has.

@@ -26,6 +26,7 @@ from losssurf_fast.neb import band
 from losssurf_fast.neb.cycles import CYCLES, Cycle, places_to_insert, read_cycles
 from losssurf_fast.neb.report import NEBReport, report_of
 from losssurf_fast.neb.weights import Rows, weights_of
+from losssurf_fast.outputs import call_metric
 
 _NAME = "auto_neb"
 
@@ -67,7 +68,8 @@ def auto_neb(
         model: gives the architecture and buffers; it and its mode are as before afterwards, also on an exception.
         start, end: the minima: models, averages of models, or state_dicts; buffers are not used.
         loader: yields (inputs, targets) or dicts, as in :func:`losssurf_fast.evaluate_curve`, again and again.
-        loss_fn: of (outputs, targets), the mean over the batch as a scalar.
+        loss_fn: of (outputs, targets), the mean over the batch as a scalar; outputs with ``logits`` are as for
+            :meth:`losssurf_fast.Plane.evaluate`.
         cycles: a list of :class:`losssurf_fast.neb.Cycle` or of dicts, each of which says what differs from the cycle
             before; or the name of a JSON file of such a list. The default is what the paper takes for a ResNet-20.
         weight_decay: adds ``weight_decay * w`` to the loss's gradient; not part of the losses measured.
@@ -249,7 +251,7 @@ class _Run:
         device, loss_fn = self.measure.device, self.measure.loss_fn
         with torch.set_grad_enabled(grad is not None):
             outputs = call_on_batch(_NAME, self.model, (inputs,), device, None)
-            loss = loss_fn(outputs, to_device(targets, device))
+            loss = call_metric(loss_fn, outputs, to_device(targets, device))
             if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
                 got = tuple(loss.shape) if isinstance(loss, torch.Tensor) else type(loss).__name__
                 raise ValueError(f"{_NAME}: loss_fn must return a scalar, the mean over a batch, got {got}")

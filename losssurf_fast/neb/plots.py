@@ -2,7 +2,7 @@
 
 import os
 
-from losssurf_fast.figures import finish, new_figure
+from losssurf_fast.figures import finish, new_figure, note_without_values
 
 _BLUE, _RED, _GREY = "#08519c", "#cb181d", "#888888"
 
@@ -48,6 +48,7 @@ def disconnectivity(graph, path: str | os.PathLike | None):
         for n in joined:
             branch[n], at[n], tops[n] = joined, middle, saddle
     axes.plot(range(len(order)), [losses[n] for n in order], "o", color=_RED, ms=5)
+    note_without_values(axes, list(losses.values()))
     axes.set_xticks(range(len(order)), order)
     axes.set_xlabel("minimum")
     axes.set_ylabel("loss")

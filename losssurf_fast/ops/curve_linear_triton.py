@@ -217,4 +217,4 @@ def curve_linear_backward_gemms(
 
 
 attach("curve_linear", curve_linear_triton)
-attach("curve_linear_backward", curve_linear_backward_gemms, language="library GEMMs around curve_weights")
+attach("curve_linear_backward", curve_linear_backward_gemms, language="library GEMMs")

@@ -261,7 +261,10 @@ class Plane:
                 bottom, top).
             trajectories: Curves or lists of networks to draw into the picture, by label.
             loss_fn, metrics: ``loss_fn(outputs, targets)`` gives the mean over a batch as a scalar tensor, and so do
-                ``metrics``, by name. One named "error" replaces the fraction of wrong classes.
+                ``metrics``, by name. One named "error" replaces the fraction of wrong classes. Batches weigh by their
+                samples, the first size of the targets. Outputs that are no tensor but have ``logits``, as attribute or
+                key, are measured by these: "error", and torch's cross entropy, also with options; other functions get
+                the outputs themselves (which have no loss, as the model gets no targets).
             bn_loader: training data for the BatchNorm statistics of every point; None for the loader named "train".
             recalibrate: False keeps the model's statistics instead, which belong to other weights.
             subset: how much of ``bn_loader`` to read, as in :func:`losssurf_fast.update_bn`.
