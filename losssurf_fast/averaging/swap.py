@@ -92,3 +92,4 @@ def _write(model: nn.Module, values: dict[str, torch.Tensor]) -> None:
         live, here, new = zip(*pairs.values(), strict=True)
         torch._foreach_copy_(list(here), list(new))
         torch.autograd.graph.increment_version([t for t in live if not t.is_inference()])  # which have none
+        torch.clear_autocast_cache()  # of casts of the old values
