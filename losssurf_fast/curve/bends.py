@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from losssurf_fast.averaging.tensors import plain_name
+from losssurf_fast.undoing import afterwards
 
 
 def parameter_tree(parameters: Mapping[str, nn.Parameter]) -> nn.Module:
@@ -96,21 +97,37 @@ class Places:
     def installed_for(self, weights: dict[str, torch.Tensor]) -> Iterator[None]:
         """Install for a block, after which the model has what it had before."""
         before = self.installed
-        self.install(weights)
         try:
+            self.install(weights)
             with self.registered():
                 yield
         finally:
             self.install(before)
 
     @contextlib.contextmanager
+    def untouched(self) -> Iterator[None]:
+        """For a whole walk along a curve: after the block the model reads and shows what it did before."""
+        before = self.installed
+        shown = [(m, leaf) for places in self._places.values() for m, leaf in places if leaf in m._parameters]
+
+        def back() -> None:
+            for m, leaf in (place for places in self._places.values() for place in places):
+                m._parameters.pop(leaf, None)
+            self.install(before)
+            for m, leaf in shown:
+                m._parameters[leaf] = getattr(m, leaf)
+
+        with afterwards(back):
+            yield
+
+    @contextlib.contextmanager
     def registered(self) -> Iterator[None]:
         """Show what is installed as the model's parameters: its forward may ask ``next(self.parameters()).dtype``."""
         shown = [(m._parameters, leaf, w) for n, w in self.installed.items() for m, leaf in self._places[n]]
         shown = [(parameters, leaf, w) for parameters, leaf, w in shown if leaf not in parameters]  # a block around us
-        for parameters, leaf, weight in shown:
-            parameters[leaf] = weight
         try:
+            for parameters, leaf, weight in shown:
+                parameters[leaf] = weight
             yield
         finally:
             for parameters, leaf, _ in shown:

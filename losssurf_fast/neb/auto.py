@@ -3,7 +3,6 @@
 Source: Draxler et al., "Essentially no barriers in neural network energy landscape", ICML 2018, algorithms 1 and 2.
 """
 
-import contextlib
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -16,7 +15,7 @@ from tqdm import tqdm
 
 from losssurf_fast.averaging import tensors
 from losssurf_fast.averaging.batch_norm import call_on_batch, spread_over_ranks, to_device
-from losssurf_fast.averaging.swap import restored
+from losssurf_fast.averaging.swap import untouched
 from losssurf_fast.curve import Curve
 from losssurf_fast.evaluation import Evaluation, Metric
 from losssurf_fast.loaders import refuse_single_pass, split_batch
@@ -102,7 +101,7 @@ def auto_neb(
     steps = sum(cycle.steps for cycle in remaining)
     with tqdm(total=steps, desc=_NAME, unit="step", ncols=60, leave=False, disable=not progress) as bar:
         for cycle in remaining:
-            with restored(model) as write, _modes_restored(model):
+            with untouched(model) as write:
                 write(run.frozen)
                 run.do(cycle, bar)
             if after_cycle is not None:
@@ -123,16 +122,6 @@ def _check_ends(ends: list[dict[str, torch.Tensor]], rows: Rows) -> None:
             raise ValueError(f"{_NAME}: {name} requires no gradient and must be equal in start and end, it differs")
     if all(torch.equal(start[name], end[name].to(start[name])) for name in rows.names):
         raise ValueError(f"{_NAME}: start and end must differ, got equal weights")
-
-
-@contextlib.contextmanager
-def _modes_restored(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def _endless(loader: Iterable) -> Iterator:

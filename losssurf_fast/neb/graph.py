@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from losssurf_fast.averaging.swap import restored
+from losssurf_fast.averaging.swap import untouched
 from losssurf_fast.curve import Curve
 from losssurf_fast.evaluation import Evaluation, Metric
 from losssurf_fast.files import load_state, save_state
@@ -250,7 +250,7 @@ class MinimaGraph:
     ) -> float:
         """The loss of a minimum as :func:`auto_neb` measures it, for :meth:`add_minimum`."""
         weights = weights_of("MinimaGraph.measure", "source", source, self.model)
-        with restored(self.model) as write:
+        with untouched(self.model) as write:
             write(weights)
             return Evaluation("MinimaGraph.measure", loader, loss_fn, bn_loader=loader)(self.model)["loss"]
 

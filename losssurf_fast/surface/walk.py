@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from losssurf_fast.averaging import tensors
 from losssurf_fast.averaging.batch_norm import jointly, spread_over_ranks, tracking_layers
-from losssurf_fast.averaging.swap import restored
+from losssurf_fast.averaging.swap import untouched
 from losssurf_fast.evaluation import Evaluation, Metric, statistics_loader
 from losssurf_fast.prediction import seeded
 from losssurf_fast.surface.measurements import Measurements
@@ -115,7 +115,7 @@ class Walk:
         if not left:
             return
         buffers = {name: b.detach().clone() for name, b in tensors.named_buffers(self.model).items()}
-        with restored(self.model) as write:
+        with untouched(self.model) as write:
             for place in self._bar(left, len(places)):
                 write(buffers | weights_at(place))
                 with seeded(0, self.model):
