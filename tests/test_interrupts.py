@@ -48,6 +48,7 @@ def interrupted_at(line, call):
         return True
     finally:
         sys.settrace(before)
+        torch.compiler.set_stance("default")  # torch's own context is not safe in this way
     return False
 
 

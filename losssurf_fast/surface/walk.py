@@ -1,6 +1,5 @@
 """The one way through weight space: a model visits points, is measured at each, and comes back as it was."""
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ from losssurf_fast.averaging.batch_norm import jointly, spread_over_ranks, track
 from losssurf_fast.averaging.swap import untouched
 from losssurf_fast.evaluation import Evaluation, Metric, statistics_loader
 from losssurf_fast.prediction import seeded
+from losssurf_fast.surface.identity import digest, name_of_autocast, name_of_function, name_of_model
 from losssurf_fast.surface.measurements import Measurements
 from losssurf_fast.surface.weights import Weights, known_names, model_parameters, require_names
 
@@ -40,8 +40,8 @@ class Walk:
         process_group: where torch.distributed is initialised each rank reads its share of the data, and all get the
             same metrics: None for all ranks, False for this one alone.
         path: an npz file that is whole after every point. The same call goes on from what an interrupted one left
-            there; a call for other weights, points, metrics (functions by their names), loaders' lengths or buffers is
-            refused. Of several ranks the first reads and writes it.
+            there; a call for other weights, points, metrics (their code and what it was made with), loaders' lengths,
+            buffers, layers, dtypes or autocast is refused. Of several ranks the first reads and writes it.
         progress: show a bar.
 
     At every point torch's generators start from the same state, so a loader that shuffles or augments by them yields
@@ -96,13 +96,15 @@ class Walk:
         recalibrated = tuple(f"{tensors.plain_name(name)}." for name in statistics)
         buffers = tensors.named_buffers(self.model)
         return {
-            "weights": _digest(*weights),
+            "weights": digest(*weights),
             "grid": json.dumps(grid),
-            "loss_fn": _name(e.loss_fn),
-            "metrics": json.dumps({name: _name(metric) for name, metric in (e.metrics or {}).items()}),
+            "the model": name_of_model(self.model),
+            "autocast": name_of_autocast(next(iter(self.parameters.values())).device),
+            "loss_fn": name_of_function(e.loss_fn),
+            "metrics": json.dumps({name: name_of_function(metric) for name, metric in (e.metrics or {}).items()}),
             "loader": json.dumps({name: _length(loader) for name, loader in loaders.items()}),
             "BatchNorm": f"from {e.subset or 'all'} of {_length(e.bn_loader)} batches" if statistics else "the model's",
-            "the model's buffers": _digest({n: b for n, b in buffers.items() if not n.startswith(recalibrated)}),
+            "the model's buffers": digest({n: b for n, b in buffers.items() if not n.startswith(recalibrated)}),
         }
 
     def run(self, result: Measurements, places: Iterable[Place], weights_at: Callable[[Place], Weights]) -> None:
@@ -153,17 +155,3 @@ def _length(loader) -> int | None:
         return len(loader)
     except TypeError:
         return None
-
-
-def _name(function) -> str:
-    return getattr(function, "__qualname__", type(function).__qualname__)
-
-
-def _digest(*weights: Weights) -> str:
-    """SHA-256 of tensors' names, dtypes, shapes and bytes."""
-    found = hashlib.sha256()
-    for each in weights:
-        for name, t in each.items():
-            found.update(f"{name} {t.dtype} {tuple(t.shape)}".encode())
-            found.update(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return found.hexdigest()
