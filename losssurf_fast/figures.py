@@ -1,6 +1,7 @@
 """How pictures are made and saved: without a window, and whole or not at all."""
 
 import os
+from pathlib import Path
 
 import numpy as np
 
@@ -24,7 +25,14 @@ def finish(figure, path: str | os.PathLike | None = None, *, framed: bool = Fals
 
 
 def save_figure(figure, path: str | os.PathLike) -> None:
-    """In the format of the path's suffix: png, pdf, svg ..."""
+    """In the format of the path's suffix: png, pdf, svg ...
+
+    Raises:
+        ValueError: the path has no such suffix. Nothing is written.
+    """
+    formats = figure.canvas.get_supported_filetypes()
+    if Path(path).suffix[1:].lower() not in formats:
+        raise ValueError(f"plot: path must end in .{', .'.join(sorted(formats))}, got {os.fspath(path)!r}")
     write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=150))
 
 

@@ -8,6 +8,7 @@ from torch import nn
 
 from losssurf_fast.nn.stochastic import stochastic_layers
 from losssurf_fast.outputs import logits_of
+from losssurf_fast.undoing import afterwards
 
 SCHEMES = ("deterministic", "stochastic", "ensemble")
 
@@ -36,13 +37,14 @@ def prediction(model: nn.Module, scheme: str):
     if scheme == "stochastic" and not layers:
         raise ValueError(f"prediction: {type(model).__name__} has no stochastic layers; convert it with lsf.to_lrt")
     before = [layer.prediction_scheme for layer in layers]
-    try:
-        for layer in layers:
-            layer.prediction_scheme = scheme
+
+    def switch(schemes: list[str | None]) -> None:
+        for layer, chosen in zip(layers, schemes, strict=True):
+            layer.prediction_scheme = chosen
+
+    with afterwards(lambda: switch(before)):
+        switch([scheme] * len(layers))
         yield model
-    finally:
-        for layer, previous in zip(layers, before, strict=True):
-            layer.prediction_scheme = previous
 
 
 @torch.no_grad()
@@ -121,12 +123,14 @@ def evaluation_mode(caller: str, model: nn.Module):
     if not isinstance(model, nn.Module):
         raise TypeError(f"{caller}: model must be a torch.nn.Module, got {type(model).__name__}")
     training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
+
+    def switch_back() -> None:
         for module in training:
             module.training = True
+
+    with afterwards(switch_back):
+        model.eval()
+        yield
 
 
 @contextlib.contextmanager

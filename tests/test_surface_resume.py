@@ -13,6 +13,7 @@ from surface_models import Quadratic, mean_loss, quadratic_loader
 from surface_run import run
 
 import losssurf_fast as lsf
+from losssurf_fast.evaluation import Evaluation
 from losssurf_fast.surface import Line, Rays
 
 HERE = Path(__file__).parent
@@ -114,12 +115,11 @@ def test_the_file_of_another_run_is_refused_and_kept(changes, what, tmp_path):
     assert path.read_bytes() == before
 
 
-def test_labels_and_trajectories_do_not_make_another_run(tmp_path):
+def test_labels_and_trajectories_do_not_make_another_run(tmp_path, monkeypatch):
     path = tmp_path / "plane.npz"
     quadratic_plane(path)
-    fail = lambda outputs, targets: pytest.fail("measured again")
-    fail.__qualname__ = mean_loss.__qualname__
-    quadratic_plane(path, plane={"labels": ("a", "b", "c")}, trajectories={"list": [Quadratic(5)]}, loss_fn=fail)
+    monkeypatch.setattr(Evaluation, "__call__", lambda *args: pytest.fail("measured again"))
+    quadratic_plane(path, plane={"labels": ("a", "b", "c")}, trajectories={"list": [Quadratic(5)]})
     loaded = lsf.Surface.load(path)
     assert [*loaded.marks] == ["a", "b", "c"] and [*loaded.trajectories] == ["list"]
 
@@ -127,9 +127,9 @@ def test_labels_and_trajectories_do_not_make_another_run(tmp_path):
 def test_the_file_of_another_tool_is_refused(tmp_path):
     path = tmp_path / "line.npz"
     lsf.line(Quadratic(), Quadratic(1), Quadratic(2), quadratic_loader(), points=3, loss_fn=mean_loss, path=path)
-    with pytest.raises(ValueError, match=r"Plane.evaluate: .*line.npz must hold a Surface, it holds 'Line'"):
+    with pytest.raises(ValueError, match=r"Plane.evaluate: .*line.npz must hold a Surface, it holds a Line"):
         quadratic_plane(path)
-    with pytest.raises(ValueError, match=r"Surface.load: .*line.npz must hold a Surface, it holds 'Line'"):
+    with pytest.raises(ValueError, match=r"Surface.load: .*line.npz must hold a Surface, it holds a Line"):
         lsf.Surface.load(path)
 
 
@@ -174,7 +174,7 @@ def test_files_with_wrong_contents_are_refused(changes, tmp_path):
 def test_files_with_pickled_objects_are_not_opened(tmp_path):
     path = tmp_path / "plane.npz"
     np.savez(path, allow_pickle=True, kind=np.array([print], dtype=object))
-    with pytest.raises(ValueError, match=r"Surface.load: .* is damaged or no npz file: .*allow_pickle"):
+    with pytest.raises(ValueError, match=r"Surface.load: .* is damaged, or no npz file of numbers and strings$"):
         lsf.Surface.load(path)
 
 

@@ -22,6 +22,7 @@ from torch.nn.parameter import is_lazy
 
 from losssurf_fast.averaging.tensors import unwrap
 from losssurf_fast.prediction import evaluation_mode, prediction
+from losssurf_fast.undoing import afterwards
 
 
 @torch.no_grad()
@@ -169,22 +170,25 @@ def _batch_statistics(layers: dict[str, _BatchNorm], statistics: dict[_BatchNorm
 
         return observe
 
+    hooks = []
+
+    def switch_back() -> None:
+        for hook in hooks:
+            hook.remove()
+        for layer in layers.values():
+            layer.training, layer.track_running_stats = False, True  # evaluation_mode restores the mode
+
     # Compiled submodules may have been compiled without hooks, so they run eagerly.
     with (
         torch.compiler.set_stance("force_eager"),
         evaluation_mode("update_bn", model),
         prediction(model, "deterministic"),
-        contextlib.ExitStack() as hooks,
+        afterwards(switch_back),
     ):
         for name, layer in layers.items():
-            hooks.callback(layer.register_forward_pre_hook(observer(name), with_kwargs=True).remove)
-        try:
-            for layer in layers.values():
-                layer.training = True
-            yield
-        finally:
-            for layer in layers.values():
-                layer.training, layer.track_running_stats = False, True  # evaluation_mode restores the mode
+            hooks.append(layer.register_forward_pre_hook(observer(name), with_kwargs=True))
+            layer.training = True
+        yield
 
 
 def _merge_ranks(statistics: dict, batches: int, error: Exception | None, group) -> int:

@@ -271,6 +271,7 @@ class AveragedModel(nn.Module):
                     self._average([a], [v.to(a.device)], n, count)
         if copies:
             torch._foreach_copy_(copies, sources)
+        torch.clear_autocast_cache()  # of casts of the old values
 
     def _average(self, averages, values, n: int, count: torch.Tensor) -> None:
         if n == 0:

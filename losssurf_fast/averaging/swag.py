@@ -170,6 +170,7 @@ class SWAG(nn.Module):
         parameters = match("sample", self._mean, named_parameters(self.module if into is None else into))
         self._draw("sample", seed, scale, cov, block, sample, None, [local(p) for p in parameters])
         torch.autograd.graph.increment_version([p for p in parameters if isinstance(p, DTensor)])
+        torch.clear_autocast_cache()  # of casts of the old values
         self._drawn = self._drawn or into is None
         return dict(zip(self._mean, parameters, strict=True))
 

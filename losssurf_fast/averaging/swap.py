@@ -10,8 +10,10 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel as TorchAveragedModel
 
 from losssurf_fast.averaging import tensors
+from losssurf_fast.undoing import afterwards
 
 _NAME = "averaged_weights"
+_SWITCHES = ("training", "track_running_stats", "prediction_scheme")  # of modules, which update_bn and predict turn
 
 
 @contextlib.contextmanager
@@ -58,10 +60,22 @@ def restored(model: nn.Module) -> Iterator[Callable[[dict[str, torch.Tensor]], N
     """
     copies = {id(t): tensors.local(t).detach().clone() for t in _all_names(model).values()}
     saved = {name: copies[id(t)] for name, t in _all_names(model).items()}
-    try:
+    with afterwards(lambda: _write(model, saved)):
         yield functools.partial(_write, model)
-    finally:
-        _write(model, saved)
+
+
+@contextlib.contextmanager
+def untouched(model: nn.Module) -> Iterator[Callable[[dict[str, torch.Tensor]], None]]:
+    """:func:`restored` for a whole walk through weights: modes, which evaluations change, are as before, too."""
+    switches = {module: {s: getattr(module, s) for s in _SWITCHES if hasattr(module, s)} for module in model.modules()}
+
+    def switch_back() -> None:
+        for module, before in switches.items():
+            for name, value in before.items():
+                setattr(module, name, value)
+
+    with afterwards(switch_back), restored(model) as write:
+        yield write
 
 
 def _averages_of(average) -> dict[str, torch.Tensor]:
@@ -92,3 +106,4 @@ def _write(model: nn.Module, values: dict[str, torch.Tensor]) -> None:
         live, here, new = zip(*pairs.values(), strict=True)
         torch._foreach_copy_(list(here), list(new))
         torch.autograd.graph.increment_version([t for t in live if not t.is_inference()])  # which have none
+        torch.clear_autocast_cache()  # of casts of the old values

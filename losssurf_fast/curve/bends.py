@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from losssurf_fast.averaging.tensors import plain_name
+from losssurf_fast.undoing import afterwards
 
 
 def parameter_tree(parameters: Mapping[str, nn.Parameter]) -> nn.Module:
@@ -124,16 +125,24 @@ class Places:
         return self._block is not None
 
     @contextlib.contextmanager
-    def installed_for(self, weights: dict[str, torch.Tensor]) -> Iterator[None]:
-        """Install for a block, after which the model has what it had before."""
+    def untouched(self) -> Iterator[None]:
+        """For a whole walk along a curve: after the block the model reads and shows what it did before."""
         before, block = (self.installed, self.registered), self._block
-        self._block = weights
-        self.install(weights, registered=True)
-        try:
-            yield
-        finally:
+
+        def back() -> None:
             self._block = block
             self.install(*before)
+
+        with afterwards(back):
+            yield
+
+    @contextlib.contextmanager
+    def installed_for(self, weights: dict[str, torch.Tensor]) -> Iterator[None]:
+        """Install for a block, after which the model has what it had before."""
+        with self.untouched():
+            self._block = weights
+            self.install(weights, registered=True)
+            yield
 
     def free(self) -> None:
         """Let go of what was installed for no block: the innermost block's weights are back, outside of one none."""

@@ -15,7 +15,7 @@ from losssurf_fast._library import composite_needed
 from losssurf_fast.averaging import tensors
 from losssurf_fast.averaging.ensemble import Ensemble
 from losssurf_fast.averaging.mesh import require_finite
-from losssurf_fast.averaging.swap import restored
+from losssurf_fast.averaging.swap import untouched
 from losssurf_fast.curve import endpoints, sharding
 from losssurf_fast.curve.bends import Bends, Places, combined, parameter_tree
 from losssurf_fast.curve.geometry import T_SAMPLINGS, Geometry, as_points, even_points
@@ -317,7 +317,7 @@ class Curve(nn.Module):
         how = bn_loader, recalibrate, subset, device, forward_kwargs, process_group
         ensemble = Ensemble(self.module, "point", data, *how, self._bends.first().device)
         ensemble.jointly(ensemble.check)
-        with restored(self.module):
+        with untouched(self.module), self._places.untouched():
             return ensemble.mean_of_softmax(self.at(t) for t in points)
 
     def release(self) -> None:

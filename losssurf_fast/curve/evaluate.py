@@ -9,9 +9,9 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from losssurf_fast.arguments import check_number
+from losssurf_fast.averaging import tensors
 from losssurf_fast.averaging.batch_norm import is_first_rank
-from losssurf_fast.averaging.swap import restored
-from losssurf_fast.averaging.tensors import unwrap
+from losssurf_fast.averaging.swap import untouched
 from losssurf_fast.curve.curve import Curve
 from losssurf_fast.curve.geometry import as_points, even_points
 from losssurf_fast.curve.report import CurveReport, check_names
@@ -71,7 +71,7 @@ def evaluate_curve(
             equal, or BatchNorm layers have no data.
         RuntimeError: another rank failed. What a loader, the model or a function raises passes through.
     """
-    curve = unwrap(curve)
+    curve = tensors.unwrap(curve)
     if not isinstance(curve, Curve):
         raise TypeError(f"{_NAME}: curve must be a Curve, got {type(curve).__name__}")
     ts = even_points(_NAME, num_points) if ts is None else as_points(_NAME, ts)
@@ -90,9 +90,12 @@ def evaluate_curve(
         raise ValueError(f"{_NAME}: the curve must have a length, but its bends are all equal")
 
     found, shown = [], progress and is_first_rank(process_group)
-    for t in tqdm(ts, desc=_NAME, unit="point", ncols=60, leave=False, disable=not shown):
-        with restored(curve.module), curve.at(t) as model:
-            found.append(evaluation.by_loader(model))
+    buffers = {name: b.detach().clone() for name, b in tensors.named_buffers(curve.module).items()}
+    with untouched(curve.module) as write, curve._places.untouched():
+        for t in tqdm(ts, desc=_NAME, unit="point", ncols=60, leave=False, disable=not shown):
+            write(buffers)  # which every point starts from
+            with curve.at(t) as model:
+                found.append(evaluation.by_loader(model))
     values = {}
     for name in named:
         columns = {metric: np.array([point[name][metric] for point in found]) for metric in found[0][name]}

@@ -132,7 +132,7 @@ class CurveReport:
             FileNotFoundError: there is no such file.
             ValueError: it is damaged, or holds something else.
         """
-        arrays = load_arrays("CurveReport.load", path)
+        arrays = own = load_arrays("CurveReport.load", path)
         points = np.shape(arrays.get("ts"))
         arrays = {**_PEERS, "norms": np.full(points, np.nan), **arrays}  # what the peer's file does not say
         names = {"loaders": ("U", 1), "metrics": ("U", 1), "weight_decay": ("f", 0)}
@@ -151,6 +151,11 @@ class CurveReport:
             for loader, found in fields.items()
         }
         values = {loader: found for loader, found in values.items() if found}
+        for loader in values if "norms" not in own else loaders:
+            for metric in ("loss", "nll"):
+                if metric not in values.get(loader, {}):
+                    lacks = f"lacks {peer_fields.field(loader, metric)}"
+                    raise ValueError(f"CurveReport.load: {path} is no file of a CurveReport: it {lacks}")
         return cls(arrays["ts"], arrays["dl"], arrays["norms"], values, float(arrays["weight_decay"]))
 
     def plot(self, path: str | os.PathLike | None = None, *, along: str = "t", metrics: Sequence[str] | None = None):

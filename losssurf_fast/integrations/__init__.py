@@ -49,3 +49,4 @@ def install_average(model: nn.Module, average: AveragedModel) -> None:
     for t, value in zip(live, averages.values(), strict=True):
         here, new = without_repeats(t, value)
         here.copy_(new)
+    torch.clear_autocast_cache()  # of casts of the old values

@@ -3,7 +3,6 @@
 Source: Draxler et al., "Essentially no barriers in neural network energy landscape", ICML 2018, algorithms 1 and 2.
 """
 
-import contextlib
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -18,7 +17,7 @@ from tqdm import tqdm
 from losssurf_fast.arguments import check_number
 from losssurf_fast.averaging import tensors
 from losssurf_fast.averaging.batch_norm import call_on_batch, is_first_rank, jointly, spread_over_ranks, to_device
-from losssurf_fast.averaging.swap import restored
+from losssurf_fast.averaging.swap import untouched
 from losssurf_fast.curve import Curve
 from losssurf_fast.evaluation import Evaluation, Metric, statistics_loader
 from losssurf_fast.loaders import refuse_single_pass, split_batch
@@ -159,16 +158,6 @@ def _check_ends(ends: list[dict[str, torch.Tensor]], rows: Rows) -> None:
         raise ValueError(f"{_NAME}: start and end must differ, got equal weights")
 
 
-@contextlib.contextmanager
-def _modes_restored(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-
-
 def _endless(loader: Iterable) -> Iterator:
     while True:
         empty = True
@@ -215,7 +204,7 @@ class _Run:
         if cycle.spacing == "equal":
             self.places = torch.linspace(0, 1, len(self.places), dtype=torch.float64, device=self.places.device)
         for part in (self._train, self._measure):  # each with the model's own buffers
-            with restored(self.model) as write, _modes_restored(self.model):
+            with untouched(self.model) as write:
                 write(self.frozen)
                 part(cycle, bar)
 

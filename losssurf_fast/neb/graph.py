@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from losssurf_fast.averaging.batch_norm import is_first_rank
-from losssurf_fast.averaging.swap import restored
+from losssurf_fast.averaging.swap import untouched
 from losssurf_fast.curve import Curve
 from losssurf_fast.evaluation import Metric
 from losssurf_fast.files import load_state, save_state
@@ -287,7 +287,7 @@ class MinimaGraph:
             loss_fn=loss_fn, subset=subset, device=device, process_group=process_group,
         )  # fmt: skip
         weights = weights_of(caller, "source", source, self.model)
-        with restored(self.model) as write:
+        with untouched(self.model) as write:
             write(weights)
             return measure(self.model)["loss"]
 

@@ -42,3 +42,4 @@ class Rows:
     def install(self, row: torch.Tensor) -> None:
         """Copy ``row`` into the model's parameters."""
         torch._foreach_copy_(self.parameters, self.views(row))
+        torch.clear_autocast_cache()  # of casts of the old values

@@ -11,6 +11,7 @@ import numpy as np
 from losssurf_fast.files import load_arrays, save_arrays
 
 _VALUES = "values."
+_KINDS = ("Surface", "Line", "Rays")
 
 
 def reading(metric: str) -> tuple[str, int]:
@@ -129,15 +130,17 @@ class Measurements:
     @classmethod
     def _read(cls, caller: str, path: str | os.PathLike) -> Self:
         arrays = load_arrays(caller, path)
-        kind = str(arrays.get("kind", "no such file"))
+        kind = str(arrays["kind"]) if "kind" in arrays else None
         if kind != cls.kind:
-            raise ValueError(f"{caller}: {path} must hold a {cls.kind}, it holds {kind!r}")
+            held = f"a {kind}" if kind in _KINDS else "none"
+            raise ValueError(f"{caller}: {path} must hold a {cls.kind}, it holds {held}")
         try:
             values = {n.removeprefix(_VALUES): a for n, a in arrays.items() if n.startswith(_VALUES)}
             found = cls.from_arrays(arrays)
             found.done, found.values, found.identity = arrays["done"], values, json.loads(str(arrays["identity"]))
         except (KeyError, ValueError, TypeError) as error:
-            raise ValueError(f"{caller}: {path} is damaged: {error}") from error
+            what = f"it lacks {error}" if isinstance(error, KeyError) else error
+            raise ValueError(f"{caller}: {path} is damaged: {what}") from error
         for name, a in {"done": found.done, **values}.items():
             if a.shape != found.shape:
                 raise ValueError(f"{caller}: {path} is damaged: {name} has shape {a.shape}, not {found.shape}")

@@ -1,6 +1,5 @@
 """How surfaces, lines and rays are measured: a model visits points of weight space, and comes back as it was."""
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -13,10 +12,11 @@ from tqdm import tqdm
 
 from losssurf_fast.averaging import tensors
 from losssurf_fast.averaging.batch_norm import is_first_rank, jointly, spread_over_ranks, tracking_layers
-from losssurf_fast.averaging.swap import restored
+from losssurf_fast.averaging.swap import untouched
 from losssurf_fast.evaluation import Evaluation, Metric, statistics_loader
 from losssurf_fast.loaders import by_name
 from losssurf_fast.prediction import seeded
+from losssurf_fast.surface.identity import digest, name_of_autocast, name_of_function, name_of_model
 from losssurf_fast.surface.measurements import Measurements
 from losssurf_fast.surface.weights import model_parameters
 from losssurf_fast.weights import Weights, known_names
@@ -81,13 +81,15 @@ class Walk:
         recalibrated = tuple(f"{tensors.plain_name(name)}." for name in statistics)
         buffers = tensors.named_buffers(self.model)
         return {
-            "weights": _digest(*weights),
+            "weights": digest(*weights),
             "grid": json.dumps(grid),
-            "loss_fn": _name(e.loss_fn),
-            "metrics": json.dumps({name: _name(metric) for name, metric in (e.metrics or {}).items()}),
+            "the model": name_of_model(self.model),
+            "autocast": name_of_autocast(next(iter(self.parameters.values())).device),
+            "loss_fn": name_of_function(e.loss_fn),
+            "metrics": json.dumps({name: name_of_function(metric) for name, metric in (e.metrics or {}).items()}),
             "loader": json.dumps({name: _length(loader) for name, loader in by_name(e.loader).items()}),
             "BatchNorm": f"from {e.subset or 'all'} of {_length(e.bn_loader)} batches" if statistics else "the model's",
-            "the model's buffers": _digest({n: b for n, b in buffers.items() if not n.startswith(recalibrated)}),
+            "the model's buffers": digest({n: b for n, b in buffers.items() if not n.startswith(recalibrated)}),
         }
 
     def run(self, result: Measurements, places: Iterable[Place], weights_at: Callable[[Place], Weights]) -> None:
@@ -100,7 +102,7 @@ class Walk:
         if not left:
             return
         buffers = {name: b.detach().clone() for name, b in tensors.named_buffers(self.model).items()}
-        with restored(self.model) as write:
+        with untouched(self.model) as write:
             for place in self._bar(left, len(places)):
                 write(buffers | weights_at(place))
                 with seeded(0, self.model):
@@ -135,17 +137,3 @@ def _length(loader) -> int | None:
         return len(loader)
     except TypeError:
         return None
-
-
-def _name(function) -> str:
-    return getattr(function, "__qualname__", type(function).__qualname__)
-
-
-def _digest(*weights: Weights) -> str:
-    """SHA-256 of tensors' names, dtypes, shapes and bytes."""
-    found = hashlib.sha256()
-    for each in weights:
-        for name, t in each.items():
-            found.update(f"{name} {t.dtype} {tuple(t.shape)}".encode())
-            found.update(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return found.hexdigest()
