@@ -72,7 +72,7 @@ def show(data: Data, epochs: int, seed: int, quick: bool) -> dict:
     swa, sgd = ([100 * trial[name].error for trial in trials] for name in ("SWA", "SGD"))
     better = sum(a < b for a, b in zip(swa, sgd, strict=True))
     print(f"The average of {len(trials[0]['SWA'].errors) + 1} models makes {statistics.mean(swa):.2f} % errors, SGD's")
-    print(f"last model {statistics.mean(sgd):.2f} %; fewer than SGD in {better} of {len(seeds)} seeds.\n", flush=True)
+    print(f"last model {statistics.mean(sgd):.2f} %; fewer than SGD in {better} of {len(seeds)} runs.\n", flush=True)
 
     model = resnet50_tensors()
     parameters = list(model.parameters())
@@ -208,6 +208,7 @@ def _figure(trials: list[dict[str, Track]], before: int):
     axes.set_xlim(left=0)
     axes.set_xlabel("epoch")
     axes.set_ylabel("test error (%)")
-    axes.set_title(f"SGD and SWA from the same weights, mean of {len(trials)} seeds", fontsize=11)
+    several = f", mean of {len(trials)} seeds" if len(trials) > 1 else ""
+    axes.set_title(f"SGD and SWA from the same weights{several}", fontsize=11)
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     return finish(figure)

@@ -27,7 +27,7 @@ class Measurements:
     Attributes:
         values: arrays of the grid's shape by the metric's name, float64; NaN where not ``done``. One loader's metrics
             are called "loss", "error" and as ``metrics`` calls them; those of loaders by name, such as "train", have
-            it before: "train_loss". Errors are fractions here and in files, percent in print and in pictures.
+            it before: "train_loss". Errors are fractions here, percent in print and in pictures.
         done: which points have been measured.
         identity: what was measured, by key: a run that differs in one of them is another run.
     """

@@ -31,6 +31,7 @@ class Surface(Measurements):
     Attributes:
         xs, ys: ``[X]`` and ``[Y]``, the grid's coordinates; ``values[metric][i, j]`` lies at ``(xs[i], ys[j])``, so
             matplotlib, whose first index is y, takes the transpose: ``contourf(xs, ys, values[metric].T)``.
+        values: by metric: "loss", "error" ... of one loader, "train_loss" ... of loaders by name; errors are fractions.
         marks: coordinates (x, y) of the plane's points, by label.
         trajectories: paths near the plane, by label.
 
