@@ -46,8 +46,8 @@ def graph_measure():
 
 
 def neb():
-    curve, report = lsf.auto_neb(network(1), network(1), network(2), batches(), cycles=CYCLES, **QUIET)
-    return np.array([*report.points["loss"], *[p.detach().sum() for p in curve.bends[1].parameters()]])
+    curve = lsf.auto_neb(network(1), network(1), network(2), batches(), cycles=CYCLES, **QUIET)
+    return np.array([*curve.report.points["loss"], *[p.detach().sum() for p in curve.bends[1].parameters()]])
 
 
 def swag_of_networks():

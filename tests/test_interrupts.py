@@ -56,7 +56,7 @@ def state(*models):
     """All that must be as before; an interrupted block's own generators are closed by then."""
     return [
         (
-            {n: (t.tolist(), t.data_ptr()) for n, t in m.state_dict().items()},
+            {n: (t.tolist(), t.data_ptr()) for n, t in [*m.named_parameters(), *m.named_buffers()]},
             [n for n, _ in m.named_parameters()],
             [(s.training, getattr(s, "track_running_stats", None), len(s._forward_pre_hooks)) for s in m.modules()],
         )

@@ -107,7 +107,7 @@ def as_tensors(name: str, argument: str, tensors: Sequence[torch.Tensor]) -> lis
     for i, t in enumerate(tensors):
         if not isinstance(t, torch.Tensor):
             raise TypeError(f"{name}: {argument}[{i}] must be a tensor, got {type(t).__name__}")
-        if t.layout != torch.strided:
+        if not torch.compiler.is_compiling() and t.layout != torch.strided:
             raise TypeError(f"{name}: {argument}[{i}] must be a dense tensor, got one of layout {t.layout}")
     return list(tensors)
 

@@ -140,12 +140,16 @@ def fused(rows: int, dtype: torch.dtype, bends: int, capability: tuple[int, int]
 
 
 def curve_tile(rows: int, dtype: torch.dtype, bend_dtype: torch.dtype, bends: int, capability: tuple[int, int]) -> Tile:
-    """The tile of the kernel with two accumulators, whose stages hold ``bends`` tiles of the weight instead of two."""
+    """The tile of the kernel with two accumulators, whose stages hold ``bends`` tiles of the weight instead of two.
+
+    The combined tile goes through shared memory, too, on its way to the dot.
+    """
     like, limit = dual_tile(rows, dtype, bend_dtype, capability), shared_memory(capability)
     block_k, column = like.block_k, like.block_m * dtype.itemsize + bends * like.block_n * bend_dtype.itemsize
-    while block_k * column > limit:
+    combined = like.block_n * dtype.itemsize
+    while block_k * (column + combined) > limit:
         block_k //= 2
-    num_stages = max(2, min(4, limit // (block_k * column) + 1))  # one fewer buffers than stages
+    num_stages = max(2, min(4, (limit - block_k * combined) // (block_k * column) + 1))  # one fewer buffers than stages
     return Tile(like.block_m, like.block_n, block_k, like.num_warps, num_stages)
 
 
