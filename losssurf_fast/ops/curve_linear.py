@@ -23,7 +23,7 @@ backward: the inputs, nothing else; backward combines the weight anew.
 Floor for few rows: the K O I elements of the bends are read once, where synthesising the weight first writes and reads
 O I more. Which of the two runs is chosen by rows, dtype and size: ``csrc/cpu/curve_linear.cpp`` has the rule, and
 ``curve_linear_triton.py`` that of GPUs. Backward reads the bends a second time, the price of saving no weight: with
-many bends a training step is faster through ``curve_weights`` and ``F.linear``, where O I elements are to spare.
+many bends, or in half precision, a training step is often faster through ``curve_weights`` and ``F.linear``.
 """
 
 import math
