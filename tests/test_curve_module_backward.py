@@ -176,3 +176,10 @@ def test_a_forward_with_gradients_in_a_block():
         expected = module(x)
         curve(x, t=0.9)
         assert torch.equal(module(x), expected)
+
+
+def test_weights_of_a_forward_that_failed_are_freed():
+    curve = lsf.Curve([nn.Linear(3, 2), nn.Linear(3, 2)])
+    with pytest.raises(RuntimeError):
+        curve(torch.randn(4, 7), t=0.3)
+    assert curve._places.installed is None and curve._last_weights is None

@@ -282,3 +282,19 @@ def test_without_networkx(monkeypatch):
     with pytest.raises(ImportError, match="MinimaGraph: needs networkx; pip install networkx"):
         lsf.MinimaGraph(Valley(0, 0))
     assert copy.copy(lsf.auto_neb) is lsf.auto_neb  # which does not need it
+
+
+def test_a_longer_history_of_another_path_does_not_replace_a_lower_one():
+    graph = lsf.MinimaGraph(Valley(0, 0))
+    for end in (Valley(0, 0), Valley(1, -1)):
+        graph.add_minimum(end, 0.0)
+    with pytest.raises(ValueError, match="loss must be finite"):
+        graph.add_minimum(Valley(2, 2), float("nan"))
+    curve = lsf.Curve([Valley(0, 0), Valley(1, -1)], kind="polychain")
+    low = NEBReport(points={"t": [0.0, 0.5, 1.0], "loss": [0.0, 1.0, 0.0]}, history=[{"cycle": 1}])
+    other = NEBReport(points={"t": [0.0, 0.5, 1.0], "loss": [0.0, 2.0, 0.0]}, history=[{"cycle": 2}, {"cycle": 3}])
+    kept = []
+    for report in (low, other):
+        curve.report = report
+        kept.append(graph.add_path(0, 1, curve))
+    assert kept == [True, False] and graph.saddle(0, 1) == 1.0

@@ -175,7 +175,8 @@ class Curve(nn.Module):
     def l2(self, t: float | torch.Tensor | None = None) -> torch.Tensor:
         """The sum of squares of all weights at ``t``, as a differentiable scalar; None is the last forward's t.
 
-        Half the weight decay times this is the paper's regularizer, with the optimizer's weight decay 0.
+        Half the weight decay times this is the paper's regularizer, with the optimizer's weight decay 0. Add it to the
+        loss: it shares the last forward's graph, which a backward frees.
 
         Raises:
             RuntimeError: t is None and there was no forward yet.
@@ -256,6 +257,9 @@ class Curve(nn.Module):
             self._places.install(weights, registered=True)
             try:
                 outputs = self.module(*args, **kwargs)
+            except BaseException:  # which may be that of memory
+                self.release()
+                raise
             finally:
                 self._places.hide()
         if not passing:

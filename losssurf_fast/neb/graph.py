@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from losssurf_fast.arguments import check_number
 from losssurf_fast.averaging.batch_norm import is_first_rank
 from losssurf_fast.averaging.swap import untouched
 from losssurf_fast.curve import Curve
@@ -74,10 +75,9 @@ class MinimaGraph:
 
     def _add(self, caller: str, argument: str, source, loss: float) -> int:
         weights = weights_of(caller, argument, source, self.model)
-        if isinstance(loss, bool) or not isinstance(loss, int | float):
-            raise TypeError(f"{caller}: loss must be a number, got {type(loss).__name__}")
+        loss = check_number(caller, "loss", loss)
         number = len(self.graph)
-        self.graph.add_node(number, loss=float(loss), weights=_on_cpu(weights))
+        self.graph.add_node(number, loss=loss, weights=_on_cpu(weights))
         return number
 
     def add_path(self, a: int, b: int, curve: Curve) -> bool:
@@ -94,9 +94,10 @@ class MinimaGraph:
             if not (bend.keys() == weights.keys() and all(torch.equal(bend[n], weights[n]) for n in weights)):
                 raise ValueError(f"MinimaGraph.add_path: curve must lead from minimum {a} to {b}; its ends are others")
         old = self.graph.edges.get((a, b))
-        further = old is not None and len(report.history) > len(old["path"].report.history)
-        if old is not None and not further and old["saddle"] <= report.saddle:
-            return False
+        if old is not None and old["saddle"] <= report.saddle:
+            before = old["path"].report.history
+            if len(report.history) <= len(before) or report.history[: len(before)] != before:
+                return False
         path = _Path(bends[1:-1], report) if a < b else _Path(bends[-2:0:-1], report.reversed())
         self.graph.add_edge(a, b, saddle=report.saddle, path=path)
         return True
