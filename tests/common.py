@@ -3,6 +3,7 @@
 import contextlib
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from losssurf_fast import _C
 
@@ -18,6 +19,18 @@ def instruction_set(name):
         yield _C.use_instruction_set(name)
     finally:
         _C.use_instruction_set(before)
+
+
+class CountReads(TorchDispatchMode):
+    """How often a value goes from a tensor to Python, as by ``item()`` and ``tolist()``, which waits for a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.reads = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.reads += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
 
 
 def assert_as_good_as_eager(actual, eager, exact, factor=2.0):

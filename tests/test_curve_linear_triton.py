@@ -9,31 +9,16 @@ from curve_linear import curve_inputs, each, everything
 
 import losssurf_fast as lsf
 from losssurf_fast.ops.curve_linear import curve_linear_backward_reference, curve_linear_reference
-from losssurf_fast.ops.lrt_strategy import Tile, shared_memory
+from losssurf_fast.ops.lrt_strategy import shared_memory
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+from test_triton import DEVICE, ON_GPU, SMALL_TILE, one_rounding_per_fma  # noqa: F401
+
 from losssurf_fast.ops import curve_linear_triton
 
-ON_GPU = torch.cuda.is_available()
-DEVICE = "cuda" if ON_GPU else "cpu"
 DTYPES = [(F32, F32), (F16, F16), (F16, F32)] + ([(BF16, BF16), (BF16, F32)] if ON_GPU else [])
-SMALL_TILE = Tile(32, 16, 16, 4, 2)  # several programs and steps at small sizes
 WAYS = list(itertools.product((False, True), (0, 1, 3)))  # a t for each row, biases
-
-
-@pytest.fixture(autouse=True)
-def one_rounding_per_fma(monkeypatch):
-    """The interpreter's fma rounds the product before it adds; ours goes by way of fp64, as the reference does."""
-    if ON_GPU:
-        return
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
-    def create_fma(self, x, y, z):
-        exact = x.data.astype("float64") * y.data.astype("float64") + z.data.astype("float64")
-        return TensorHandle(exact.astype(x.data.dtype), z.dtype.scalar)
-
-    monkeypatch.setattr(InterpreterBuilder, "create_fma", create_fma)
 
 
 def on_device(inputs, bends=3):

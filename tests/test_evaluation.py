@@ -3,7 +3,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from common import F64
+from common import F64, CountReads
 from distributed import run_ranks
 from torch import nn
 from torch.nn import functional as F
@@ -58,21 +58,12 @@ def test_evaluate_sums_in_double():
 
 def test_evaluate_does_not_wait_for_the_device():
     """.item(), float() and tolist() of a tensor per batch would; only one read, at the end, is there."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Reads(TorchDispatchMode):
-        count = 0
-
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            self.count += function is torch.ops.aten._local_scalar_dense.default
-            return function(*args, **kwargs or {})
-
     model = Classifier()
-    with Reads() as short:
+    with CountReads() as short:
         evaluate("f", model, batches(3), metrics={"top2": top2})
-    with Reads() as long:
+    with CountReads() as long:
         evaluate("f", model, batches(3, 3, 3, 3), metrics={"top2": top2})
-    assert long.count == short.count
+    assert long.reads == short.reads
 
 
 @pytest.mark.parametrize("key", ["labels", "targets", "target", "label"])

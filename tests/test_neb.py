@@ -5,9 +5,9 @@ import math
 
 import pytest
 import torch
+from common import CountReads
 from neb_models import F64, LOADER, SHORT, Valley, assert_untouched, bits, minima, run
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import losssurf_fast as lsf
 from losssurf_fast.neb import Cycle, NEBReport, band
@@ -108,18 +108,6 @@ def test_resume_refuses_other_runs():
         run(Valley(-1, 0.1), Valley(1, 0), resume=found)
     with pytest.raises(TypeError, match="resume must be a curve from auto_neb, got one without its report"):
         run(*minima(), resume=lsf.Curve(minima(), kind="polychain"))
-
-
-class CountReads(TorchDispatchMode):
-    """How often a value goes from a tensor to Python."""
-
-    def __init__(self):
-        super().__init__()
-        self.reads = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.reads += func is torch.ops.aten._local_scalar_dense.default
-        return func(*args, **(kwargs or {}))
 
 
 def test_steps_read_no_value_on_the_host():

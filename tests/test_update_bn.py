@@ -2,6 +2,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from common import CountReads
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
@@ -272,18 +273,11 @@ def test_update_bn_equals_torch_for_equal_batches_of_equal_statistics():
 
 def test_update_bn_reads_nothing_on_the_host():
     """A layer's ``momentum=None`` would read its count in every batch."""
-    reads = []
-
-    class Observed(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            reads.extend([func] if func is torch.ops.aten._local_scalar_dense.default else [])
-            return func(*args, **(kwargs or {}))
-
     layer = nn.BatchNorm1d(3, momentum=None)
-    with Observed():
+    with CountReads() as count:
         float(torch.ones(()))
         lsf.update_bn(batches_of(torch.randn(40, 3)), layer)
-    assert len(reads) == 1  # the test's own
+    assert count.reads == 1  # the test's own
 
 
 class Point(NamedTuple):

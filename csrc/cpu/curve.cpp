@@ -16,7 +16,7 @@ using at::Tensor;
 
 constexpr int64_t kChunk = 4 * kTile;     // elements of a kernel call
 // Bytes. To store 100 MB past the caches saves 20 % of a step; to store 7 MB so gained nothing. 16 MiB lies between.
-constexpr size_t kLargeOutput = 16 << 20;
+constexpr size_t kLargeList = 16 << 20;
 
 // Coefficients as both the fp32 kernels and the fp64 loops want them.
 struct Coefficients {
@@ -49,7 +49,7 @@ struct Terms {
 bool past_caches(const std::vector<Tensor>& outputs) {
   size_t bytes = 0;
   for (const Tensor& t : outputs) bytes += t.nbytes();
-  return bytes >= kLargeOutput;
+  return bytes >= kLargeList;
 }
 
 void sum_double(const void* const* bends, const double* coefficients, int64_t count, double* out, int64_t begin,

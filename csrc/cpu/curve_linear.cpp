@@ -35,7 +35,6 @@ constexpr int64_t kRowGroup = 12;       // rows of the weight that are combined 
 constexpr int64_t kForwardCols = 4096;  // of them at once: x^T and the buffer stay in L2
 constexpr int64_t kBackwardRows = 48, kBackwardCols = 2048;  // likewise in backward
 constexpr int64_t kOuterRows = 6;  // of the bends' gradients at once: their buffer stays near L1
-constexpr int64_t kLargeOutput = 4 << 20;  // bytes; a reader would not find the first of them in an inner cache
 
 int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 

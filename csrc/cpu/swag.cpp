@@ -15,7 +15,6 @@ namespace {
 using at::Tensor;
 
 constexpr int64_t kChunk = 4 * kTile;      // elements of a kernel call
-constexpr int64_t kLargeOutput = 4 << 20;  // bytes; a reader would not find the first of them in an inner cache
 
 // ---- collecting -------------------------------------------------------------------------------------------
 

@@ -10,6 +10,9 @@
 
 namespace losssurf {
 
+// Bytes of a result that is stored past the caches: a reader would not find the first of them in an inner one.
+constexpr int64_t kLargeOutput = 4 << 20;
+
 inline DType dtype_of(const at::Tensor& t) {
   switch (t.scalar_type()) {
     case at::kFloat: return DType::f32;
