@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 
 from torch import nn
 
-from losssurf_fast.nn.lrt import LRTLinear, check_parameterization, initial_scale
+from losssurf_fast.nn.lrt import check_parameterization, initial_scale
+from losssurf_fast.nn.lrt_linear import LRTLinear
 from losssurf_fast.nn.stochastic import StochasticLayer, fast_path_skips_noise
 from losssurf_fast.ops.lrt import LRT_DTYPES
 
@@ -92,9 +93,10 @@ def to_lrt(
     # id of a weight -> the scale of the layers that share it, also of those that an earlier call converted
     earlier = [m for m in model.modules() if isinstance(m, LRTLinear) and m.parameterization == parameterization]
     scales = {id(layer.weight): layer.scale for layer in earlier if layer.weight is not None}
-    for weight in [module.weight for module in chosen.values()]:  # all that may fail, before a layer changes
+    for module in chosen.values():  # all that may fail, before a layer changes
+        weight = module.weight
         if id(weight) not in scales:
-            start = initial_scale(weight, parameterization, init_log_sigma2, init_log_alpha)
+            start = initial_scale(weight, parameterization, init_log_sigma2, init_log_alpha, module.out_features)
             scales[id(weight)] = nn.Parameter(start, requires_grad=weight.requires_grad)
     for module in chosen.values():
         module.__class__ = LRTLinear

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from losssurf_fast import ops
-from losssurf_fast.nn.lrt import LRTLinear
+from losssurf_fast.nn.lrt import LRTLayer, Posterior
 from losssurf_fast.nn.stochastic import stochastic_layers
 
 PRIORS = ("log_uniform", "ard", "normal")
@@ -23,7 +23,7 @@ def kl_divergence(
     count once.
 
     Args:
-        model: a module with ``LRTLinear`` layers, or one such layer.
+        model: a module with ``lsf.nn.LRTLinear`` or other LRT layers, or one such layer.
         prior: "log_uniform" (p(w) ~ 1/|w|; up to the constant that makes it 0 for alpha -> infinity), "ard" (a Gaussian
             whose variance is the best one for each weight) or "normal" (N(0, prior_std^2)). Under the first two a
             "variance" layer contributes exactly 0 (and to the KL from "normal" like any other).
@@ -43,51 +43,44 @@ def kl_divergence(
         raise TypeError(f"kl_divergence: prior_std must be a number, got {type(prior_std).__name__}")
     if not prior_std > 0:
         raise ValueError(f"kl_divergence: prior_std must be positive, got {prior_std}")
-    layers = [m for m in stochastic_layers(model, "kl_divergence") if isinstance(m, LRTLinear)]
-    if not layers:
-        raise ValueError(
-            f"kl_divergence: {type(model).__name__} has no stochastic layers; convert it with lsf.to_lrt first"
-        )
-    layers = list({id(layer.scale): layer for layer in layers}.values())  # tied ones share their scale
-    if any(t is not None and t.is_meta for layer in layers for t in (layer.scale, layer.weight)):
+    posteriors = model_posteriors(model, "kl_divergence")
+    if any(t is not None and t.is_meta for p in posteriors for t in (p.scale, p.weight)):
         raise ValueError(
             f"kl_divergence: {type(model).__name__} must hold values, got tensors on the meta device (a Curve's module "
             "has its weights in `with curve.at(t):`, or from a forward to its backward)"
         )
     if prior == "normal":
-        return _normal(layers, prior_std)
+        return _normal(posteriors, prior_std)
     family = ops.kl_ard if prior == "ard" else functools.partial(ops.kl_log_uniform, exact=exact)
-    additive = [layer for layer in layers if layer.parameterization == "additive"]
-    multiplicative = [layer for layer in layers if layer.scale_name == "log_alpha"]
+    additive = [p for p in posteriors if p.parameterization == "additive"]
+    multiplicative = [p for p in posteriors if p.parameterization in ("layer", "neuron", "weight")]
     terms = []
     if additive:
-        terms.append(family([layer.scale for layer in additive], weight=[layer.weight for layer in additive]))
+        terms.append(family([p.scale for p in additive], weight=[p.weight for p in additive]))
     if multiplicative:
-        log_alphas, numels = zip(*((layer.scale, layer.weight.numel()) for layer in multiplicative), strict=True)
+        log_alphas, numels = zip(*((p.scale, p.weight.numel()) for p in multiplicative), strict=True)
         terms.append(family(log_alphas, numels))
-    return sum(terms) if terms else layers[0].scale.new_zeros(())
+    return sum(terms) if terms else posteriors[0].scale.new_zeros(())
 
 
-def _normal(layers: list[LRTLinear], prior_std: float) -> torch.Tensor:
-    variance = [layer for layer in layers if layer.weight is None]
-    others = [layer for layer in layers if layer.weight is not None]
+def model_posteriors(model: nn.Module, caller: str) -> list[Posterior]:
+    """The Gaussian weights of ``model``, those that layers share once; without any, ValueError."""
+    layers = [m for m in stochastic_layers(model, caller) if isinstance(m, LRTLayer)]
+    if not layers:
+        raise ValueError(f"{caller}: {type(model).__name__} has no stochastic layers; convert it with lsf.to_lrt first")
+    posteriors = [posterior for layer in layers for posterior in layer.posteriors()]
+    return list({id(p.scale): p for p in posteriors}.values())  # tied weights share their scale
+
+
+def _normal(posteriors: list[Posterior], prior_std: float) -> torch.Tensor:
+    variance = [p for p in posteriors if p.weight is None]
+    others = [p for p in posteriors if p.weight is not None]
     terms = []
     if variance:
-        terms.append(ops.kl_normal(None, [layer.scale for layer in variance], prior_std))
+        terms.append(ops.kl_normal(None, [p.scale for p in variance], prior_std))
     if others:
-        terms.append(
-            ops.kl_normal([layer.weight for layer in others], [_log_sigma2(layer) for layer in others], prior_std)
-        )
+        terms.append(ops.kl_normal([p.weight for p in others], [p.log_sigma2() for p in others], prior_std))
     return sum(terms)
-
-
-def _log_sigma2(layer: LRTLinear) -> torch.Tensor:
-    """log of the variances ``[O, I]``."""
-    if layer.parameterization == "additive":
-        return layer.scale
-    alpha = layer.scale.unsqueeze(-1) if layer.parameterization == "neuron" else layer.scale
-    weight = layer.weight.to(layer.scale.dtype)
-    return alpha + weight.square().clamp(min=torch.finfo(weight.dtype).tiny).log()
 
 
 class ELBOLoss(nn.Module):

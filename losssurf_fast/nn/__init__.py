@@ -1,7 +1,8 @@
 """Layers: drop-in replacements of torch.nn's, with Gaussian weights or with weights on a curve."""
 
 from losssurf_fast.nn.curve import CurveLinear
-from losssurf_fast.nn.lrt import LRTLinear
+from losssurf_fast.nn.lrt import LRTLayer
+from losssurf_fast.nn.lrt_linear import LRTLinear
 from losssurf_fast.nn.stochastic import StochasticLayer
 
-__all__ = ["CurveLinear", "LRTLinear", "StochasticLayer"]
+__all__ = ["CurveLinear", "LRTLayer", "LRTLinear", "StochasticLayer"]

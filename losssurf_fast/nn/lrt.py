@@ -1,64 +1,56 @@
-"""Layers with Gaussian weights, trained by the local reparameterization trick (``ops/lrt.py`` has the formulas)."""
+"""What the layers with Gaussian weights share: their parameters, their schemes and ways to sample.
 
-import math
+``ops/lrt.py`` has the formulas. Each layer is a subclass of the torch layer it replaces and of :class:`LRTLayer`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
 from numbers import Real
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
-from losssurf_fast import ops
 from losssurf_fast.nn.stochastic import StochasticLayer
-from losssurf_fast.ops.lrt import PARAMETERIZATIONS, check_activations, check_parameters
+from losssurf_fast.ops.lrt import PARAMETERIZATIONS
 
 INIT_LOG_ALPHA = -5.0  # that of Neklyudov et al., "Variance networks"
 _HALF = (torch.bfloat16, torch.float16)
 
 
-class LRTLinear(StochasticLayer, nn.Linear):
-    """``nn.Linear`` whose weights are Gaussian: a drop-in that samples its outputs instead of its weights.
+@dataclass(frozen=True)
+class Posterior:
+    """One tensor of Gaussian weights of a layer, which knows it as ``name``; ``weight`` is None for "variance"."""
 
-    Draws noise in training and computes with the mean weights in evaluation, unless ``lsf.prediction`` says otherwise.
-    The mean of a "variance" layer is its bias, whatever the input.
+    name: str
+    weight: torch.Tensor | None
+    scale: torch.Tensor
+    parameterization: str
+    spread: Callable[[torch.Tensor], torch.Tensor]  # a "neuron" scale [O] -> broadcastable to the weight
 
-    Args:
-        in_features, out_features, bias, device, dtype: as for ``nn.Linear``; dtype float64, float32, bfloat16, float16.
-        parameterization: "layer", "neuron", "weight" (``log_alpha`` [1], [O] or [O, I]), "additive" or "variance"
-            (``log_sigma2`` [O, I]; ``weight`` is None for "variance").
-        init_log_alpha: first value of log(sigma^2 / weight^2), -5 by default. For "additive" it is taken over the mean
-            of weight^2, so that all parameterizations start with about the same noise. "variance" has none.
-        init_log_sigma2: first value of log_sigma2 for "additive" and "variance"; by default the former follows
-            ``init_log_alpha`` and the latter is the log of the squared weights that ``nn.Linear`` would start with.
+    @property
+    def shape(self) -> torch.Size:
+        return (self.scale if self.weight is None else self.weight).shape
 
-    ``log_alpha`` and ``log_sigma2`` are float32 also in half-precision models (float64 in float64 ones) and stay so
-    under ``.half()`` and ``.to(dtype)``. A plain ``nn.Linear``'s state_dict loads with ``strict=False``; "variance"
-    takes only the bias from it, so load the plain model first and convert it with ``lsf.to_lrt``.
+    def log_sigma2(self) -> torch.Tensor:
+        """log of the variances, of the weight's shape, in the scale's dtype."""
+        if self.parameterization in ("additive", "variance"):
+            return self.scale
+        alpha = self.spread(self.scale) if self.parameterization == "neuron" else self.scale
+        weight = self.weight.to(self.scale.dtype)
+        return alpha + weight.square().clamp(min=torch.finfo(weight.dtype).tiny).log()
 
-    Raises:
-        TypeError: an initial value is no real number.
-        ValueError: unknown parameterization, or an initial value that it does not have or that is not finite.
+
+class LRTLayer(StochasticLayer):
+    """Base of the layers whose weights are Gaussian; a subclass also derives from the torch layer it replaces.
+
+    A subclass says how many :attr:`outputs` it has, which dimension of its weight they are (:meth:`spread`), how it
+    computes with given weights (:meth:`plain`) and how it draws by local reparameterization (:meth:`local`).
     """
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        *,
-        parameterization: str = "additive",
-        device=None,
-        dtype=None,
-        init_log_sigma2: float | None = None,
-        init_log_alpha: float | None = None,
-    ) -> None:
-        check_parameterization("LRTLinear", parameterization, init_log_sigma2, init_log_alpha)
-        nn.Module.__init__(self)  # nn.Linear's own would insist on a weight
-        self.in_features, self.out_features = in_features, out_features
-        factory = {"device": device, "dtype": dtype}
-        self.weight = nn.Parameter(torch.empty(out_features, in_features, **factory))
-        self.register_parameter("bias", nn.Parameter(torch.empty(out_features, **factory)) if bias else None)
-        nn.Linear.reset_parameters(self)
-        self.become_stochastic(parameterization, init_log_sigma2, init_log_alpha)
+    parameterization: str
+    init_log_sigma2: float | None
+    init_log_alpha: float | None
+    sampling: str = "local"
 
     def become_stochastic(
         self,
@@ -67,11 +59,11 @@ class LRTLinear(StochasticLayer, nn.Linear):
         init_log_alpha: float | None = None,
         scale: nn.Parameter | None = None,
     ) -> None:
-        """Add ``scale`` (a new one if None) to what nn.Linear has; a "variance" layer gives up its weight for it."""
+        """Add ``scale`` (a new one if None) to what the torch layer has; a "variance" layer gives up its weight."""
         self.parameterization = parameterization
         self.init_log_sigma2, self.init_log_alpha = init_log_sigma2, init_log_alpha
         if scale is None:
-            start = initial_scale(self.weight, parameterization, init_log_sigma2, init_log_alpha)
+            start = initial_scale(self.weight, parameterization, init_log_sigma2, init_log_alpha, self.outputs)
             scale = nn.Parameter(start, requires_grad=self.weight.requires_grad)
         self.register_parameter(self.scale_name, scale)
         if parameterization == "variance":
@@ -79,15 +71,18 @@ class LRTLinear(StochasticLayer, nn.Linear):
 
     def reset_parameters(self) -> None:
         """Draw new initial values, as after ``to_empty`` of a layer made on the meta device."""
-        weight = self.weight
-        if weight is None:  # the weight that a variance layer starts from
-            weight = torch.empty_like(self.scale)
+        if not hasattr(self, "parameterization"):  # called by the torch layer's own constructor
+            super().reset_parameters()
+            return
+        weightless = self.weight is None
+        if weightless:  # the weight that a variance layer starts from
+            self.weight = nn.Parameter(torch.empty_like(self.scale))
+        super().reset_parameters()
+        start = (self.parameterization, self.init_log_sigma2, self.init_log_alpha, self.outputs)
         with torch.no_grad():
-            nn.init.kaiming_uniform_(weight, a=math.sqrt(5))  # as nn.Linear
-            if self.bias is not None:
-                bound = 1 / math.sqrt(self.in_features) if self.in_features > 0 else 0.0
-                nn.init.uniform_(self.bias, -bound, bound)
-            self.scale.copy_(initial_scale(weight, self.parameterization, self.init_log_sigma2, self.init_log_alpha))
+            self.scale.copy_(initial_scale(self.weight, *start))
+        if weightless:
+            self.weight = None
 
     @property
     def scale_name(self) -> str:
@@ -99,35 +94,34 @@ class LRTLinear(StochasticLayer, nn.Linear):
         """``log_alpha`` or ``log_sigma2``, as :attr:`scale_name` says."""
         return getattr(self, self.scale_name)
 
+    @property
+    def outputs(self) -> int:
+        """Output features or channels: the length of a "neuron" layer's ``log_alpha``."""
+        raise NotImplementedError
+
+    def spread(self, scale: torch.Tensor) -> torch.Tensor:
+        """A scale ``[O]``, broadcastable to the weight ``[O, ...]``."""
+        return scale.view(-1, *[1] * (len(self.posteriors()[0].shape) - 1))
+
+    def posteriors(self) -> list[Posterior]:
+        """The Gaussian weights of this layer, those of its children excluded."""
+        return [Posterior("weight", self.weight, self.scale, self.parameterization, self.spread)]
+
     def forward(self, input: torch.Tensor, seed: int | torch.Tensor | None = None) -> torch.Tensor:
-        """``[..., in_features]`` -> ``[..., out_features]``.
+        """As the torch layer's forward.
 
         ``seed`` (int or 0-d int64 tensor) fixes the noise; by default one is drawn from torch's default generator.
         Pass it through ``torch.utils.checkpoint`` where that is told not to preserve the generator's state.
         """
-        if self.draws_noise:
-            return ops.lrt_linear(
-                input, self.weight, self.scale, self.bias, parameterization=self.parameterization, seed=seed
-            )
-        return self._mean(input)
+        return self.local(input, seed) if self.draws_noise else self.plain(input, self.weight)
 
-    def _mean(self, input: torch.Tensor) -> torch.Tensor:
-        weight, bias = self.weight, self.bias
-        check_activations(input)
-        if weight is None:
-            return self._mean_without_weight(input)
-        if input.dtype in _HALF:  # float32 parameters beside half-precision activations, as in lrt_linear
-            weight = weight.to(input.dtype)
-            bias = bias if bias is None else bias.to(input.dtype)
-        return F.linear(input, weight, bias)
+    def plain(self, input: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+        """The torch layer's output with ``weight``, which has the weight's shape; None stands for zeros."""
+        raise NotImplementedError
 
-    def _mean_without_weight(self, input: torch.Tensor) -> torch.Tensor:
-        device = input.device.type
-        if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
-            input = input.to(torch.get_autocast_dtype(device))
-        check_parameters(input, None, self.scale, self.bias, self.parameterization)  # nothing else would complain
-        out = input.new_zeros(*input.shape[:-1], self.out_features)
-        return out if self.bias is None else out + self.bias.to(input.dtype)
+    def local(self, input: torch.Tensor, seed: int | torch.Tensor | None) -> torch.Tensor:
+        """A draw of the output by local reparameterization."""
+        raise NotImplementedError
 
     def kl(self, prior: str = "log_uniform", *, exact: bool = True, prior_std: float = 1.0) -> torch.Tensor:
         """KL divergence of this layer's weights from their prior, a scalar; see ``lsf.kl_divergence``."""
@@ -136,7 +130,7 @@ class LRTLinear(StochasticLayer, nn.Linear):
         return kl_divergence(self, prior, exact=exact, prior_std=prior_std)
 
     def extra_repr(self) -> str:
-        return f"{nn.Linear.extra_repr(self)}, parameterization={self.parameterization!r}"
+        return f"{super().extra_repr()}, parameterization={self.parameterization!r}"
 
     def _apply(self, fn, recurse=True):
         scale = self._parameters.get(self.scale_name)  # None where it is parametrized
@@ -176,12 +170,16 @@ def check_parameterization(
 
 @torch.no_grad()
 def initial_scale(
-    weight: torch.Tensor, parameterization: str, init_log_sigma2: float | None, init_log_alpha: float | None
+    weight: torch.Tensor,
+    parameterization: str,
+    init_log_sigma2: float | None,
+    init_log_alpha: float | None,
+    outputs: int,
 ) -> torch.Tensor:
-    """First value of ``log_alpha`` or ``log_sigma2`` for mean weights ``[O, I]``, in float32 (float64 for float64)."""
+    """First value of ``log_alpha`` or ``log_sigma2`` for mean weights, in float32 (float64 for float64)."""
     wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
     log_alpha = INIT_LOG_ALPHA if init_log_alpha is None else float(init_log_alpha)
-    shape = {"layer": (1,), "neuron": weight.shape[:1]}.get(parameterization, weight.shape)
+    shape = {"layer": (1,), "neuron": (outputs,)}.get(parameterization, weight.shape)
     if parameterization in ("layer", "neuron", "weight"):
         return wide.new_full(shape, log_alpha)
     if init_log_sigma2 is not None:

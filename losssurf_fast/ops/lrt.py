@@ -170,7 +170,7 @@ def operand_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 else dtype
 
 
-def _variance_operand(weight, scale, parameterization, wide):
+def variance_operand(weight, scale, parameterization, wide):
     """sigma^2 ``[O, I]`` in ``wide``, without alpha for "layer" and "neuron"."""
     if parameterization in ("layer", "neuron"):
         return weight.to(wide).square()
@@ -186,7 +186,7 @@ def lrt_linear_reference(
     """(y, var), both ``[M, O]``, for x ``[M, I]``: the formulas of the module's docstring in plain torch."""
     operand, wide = operand_dtype(x.dtype), torch.promote_types(x.dtype, torch.float32)
     a = x.to(operand)
-    var = F.linear(a.square(), _variance_operand(weight, scale, parameterization, wide).to(operand))
+    var = F.linear(a.square(), variance_operand(weight, scale, parameterization, wide).to(operand))
     if weight is not None and parameterization != "variance":
         mean = F.linear(a, weight.to(operand)).to(wide)
     else:
@@ -208,7 +208,7 @@ def lrt_linear_backward_reference(
     v = var.to(wide)
     # Gradient to var as it is saved: before alpha for "layer" and "neuron".
     dvar = lrt_sample_backward_reference(grad.to(wide), v * alpha, seed, row_offset, col_offset, sample) * alpha
-    sigma2 = _variance_operand(weight, scale, parameterization, wide)
+    sigma2 = variance_operand(weight, scale, parameterization, wide)
     a, g, h = x.to(operand), grad.to(operand), dvar.to(operand)
     grad_x, grad_weight, grad_scale, grad_bias = (x.new_empty(0) for _ in range(4))
     if needed[0]:

@@ -1,0 +1,79 @@
+"""The linear layer with Gaussian weights, trained by local reparameterization (``ops/lrt.py`` has the formulas)."""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from losssurf_fast import ops
+from losssurf_fast.nn.lrt import LRTLayer, check_parameterization
+from losssurf_fast.ops.lrt import check_activations, check_parameters
+
+_HALF = (torch.bfloat16, torch.float16)
+
+
+class LRTLinear(LRTLayer, nn.Linear):
+    """``nn.Linear`` whose weights are Gaussian: a drop-in that samples its outputs instead of its weights.
+
+    Draws noise in training and computes with the mean weights in evaluation, unless ``lsf.prediction`` says otherwise.
+    The mean of a "variance" layer is its bias, whatever the input.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as for ``nn.Linear``; dtype float64, float32, bfloat16, float16.
+        parameterization: "layer", "neuron", "weight" (``log_alpha`` [1], [O] or [O, I]), "additive" or "variance"
+            (``log_sigma2`` [O, I]; ``weight`` is None for "variance").
+        init_log_alpha: first value of log(sigma^2 / weight^2), -5 by default. For "additive" it is taken over the mean
+            of weight^2, so that all parameterizations start with about the same noise. "variance" has none.
+        init_log_sigma2: first value of log_sigma2 for "additive" and "variance"; by default the former follows
+            ``init_log_alpha`` and the latter is the log of the squared weights that ``nn.Linear`` would start with.
+
+    ``log_alpha`` and ``log_sigma2`` are float32 also in half-precision models (float64 in float64 ones) and stay so
+    under ``.half()`` and ``.to(dtype)``. A plain ``nn.Linear``'s state_dict loads with ``strict=False``; "variance"
+    takes only the bias from it, so load the plain model first and convert it with ``lsf.to_lrt``.
+
+    Raises:
+        TypeError: an initial value is no real number.
+        ValueError: unknown parameterization, or an initial value that it does not have or that is not finite.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        parameterization: str = "additive",
+        device=None,
+        dtype=None,
+        init_log_sigma2: float | None = None,
+        init_log_alpha: float | None = None,
+    ) -> None:
+        check_parameterization("LRTLinear", parameterization, init_log_sigma2, init_log_alpha)
+        nn.Linear.__init__(self, in_features, out_features, bias, device, dtype)
+        self.become_stochastic(parameterization, init_log_sigma2, init_log_alpha)
+
+    @property
+    def outputs(self) -> int:
+        return self.out_features
+
+    def local(self, input: torch.Tensor, seed: int | torch.Tensor | None) -> torch.Tensor:
+        return ops.lrt_linear(
+            input, self.weight, self.scale, self.bias, parameterization=self.parameterization, seed=seed
+        )
+
+    def plain(self, input: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+        check_activations(input)
+        if weight is None:
+            return self._bias_alone(input)
+        bias = self.bias
+        if input.dtype in _HALF:  # float32 parameters beside half-precision activations, as in lrt_linear
+            weight = weight.to(input.dtype)
+            bias = bias if bias is None else bias.to(input.dtype)
+        return F.linear(input, weight, bias)
+
+    def _bias_alone(self, input: torch.Tensor) -> torch.Tensor:
+        device = input.device.type
+        if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
+            input = input.to(torch.get_autocast_dtype(device))
+        check_parameters(input, None, self.scale, self.bias, self.parameterization)  # nothing else would complain
+        out = input.new_zeros(*input.shape[:-1], self.out_features)
+        return out if self.bias is None else out + self.bias.to(input.dtype)

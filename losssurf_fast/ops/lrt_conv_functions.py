@@ -1,0 +1,294 @@
+"""``lrt_conv1d`` to ``lrt_conv_transpose3d``: checks and arguments in torch's words around the operator ``lrt_conv``."""
+
+import torch
+from torch.nn import functional as F
+
+from losssurf_fast._library import composite_needed
+from losssurf_fast.ops.lrt import LRT_DTYPES, PARAMETERIZATIONS, check_companion
+from losssurf_fast.ops.lrt_conv import lrt_conv_reference
+from losssurf_fast.ops.noise import as_seed, check_stream
+
+
+def _tuple(name: str, argument: str, value, dims: int) -> tuple[int, ...]:
+    values = (value,) * dims if isinstance(value, int) else tuple(value)
+    if len(values) != dims or not all(isinstance(v, int | torch.SymInt) for v in values):
+        raise ValueError(f"{name}: {argument} must be an int or {dims} of them, got {value!r}")
+    return values
+
+
+def _check(name, x, weight, scale, bias, parameterization, dims, transposed, groups) -> int:
+    """Raise on bad input, return the number of output channels. x has a batch."""
+    if parameterization not in PARAMETERIZATIONS:
+        raise ValueError(f"{name}: parameterization must be one of {PARAMETERIZATIONS}, got {parameterization!r}")
+    if (weight is None) != (parameterization == "variance"):
+        wanted = "must be None" if weight is not None else "is missing"
+        raise ValueError(f"{name}: weight {wanted} for parameterization {parameterization!r}")
+    check_companion(name, "scale", scale, "x", x)
+    matrix, matrix_name = (scale, "scale") if weight is None else (weight, "weight")
+    if weight is not None:
+        check_companion(name, "weight", weight, "x", x)
+    layout = "[C, O / groups" if transposed else "[O, C / groups"
+    if matrix.dim() != dims + 2:
+        raise ValueError(f"{name}: {matrix_name} must be {layout}, {dims} kernel sizes], got {tuple(matrix.shape)}")
+    if groups < 1 or matrix.shape[0] % groups:
+        raise ValueError(f"{name}: groups={groups} must divide the channels of {matrix_name} {tuple(matrix.shape)}")
+    channels = matrix.shape[0] if transposed else matrix.shape[1] * groups
+    outputs = matrix.shape[1] * groups if transposed else matrix.shape[0]
+    if x.shape[1] != channels:
+        raise ValueError(
+            f"{name}: x must have {channels} channels for {matrix_name} {tuple(matrix.shape)} and groups={groups}, "
+            f"got {tuple(x.shape)}"
+        )
+    scale_shape = {"layer": (1,), "neuron": (outputs,)}.get(parameterization, tuple(matrix.shape))
+    if tuple(scale.shape) != scale_shape:
+        raise ValueError(
+            f"{name}: scale must be {scale_shape} for parameterization {parameterization!r}, got {tuple(scale.shape)}"
+        )
+    if bias is not None:
+        check_companion(name, "bias", bias, "x", x)
+        if tuple(bias.shape) != (outputs,):
+            raise ValueError(f"{name}: bias must be ({outputs},), got {tuple(bias.shape)}")
+    return outputs
+
+
+def _same_padding(name: str, kernel, dilation, stride) -> list[int]:
+    """What ``padding="same"`` adds before and after each size, as ``F.pad`` wants it: last size first."""
+    if any(s != 1 for s in stride):
+        raise ValueError(f"{name}: padding='same' is for stride 1, got stride {tuple(stride)}")
+    totals = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
+    return [side for total in reversed(totals) for side in (total // 2, total - total // 2)]
+
+
+def _lrt_conv(
+    name, dims, x, weight, scale, bias, parameterization, seed, stride, padding, dilation, groups, row_offset,
+    channels_total, channel_offset, sample, transposed=False, output_padding=0,
+) -> torch.Tensor:  # fmt: skip
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{name}: x must be a tensor, got {type(x).__name__}")
+    if x.dtype not in LRT_DTYPES:
+        raise TypeError(f"{name}: x must have one of the dtypes {LRT_DTYPES}, got {x.dtype}")
+    if x.dim() not in (dims + 1, dims + 2):
+        raise ValueError(f"{name}: x must be [N, C, {dims} sizes] or [C, {dims} sizes], got {tuple(x.shape)}")
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(device))
+    batch = x if x.dim() == dims + 2 else x.unsqueeze(0)
+    outputs = _check(name, batch, weight, scale, bias, parameterization, dims, transposed, groups)
+    stride, dilation = _tuple(name, "stride", stride, dims), _tuple(name, "dilation", dilation, dims)
+    output_padding = _tuple(name, "output_padding", output_padding, dims)
+    if padding == "same":
+        kernel = (scale if weight is None else weight).shape[2:]
+        batch, padding = F.pad(batch, _same_padding(name, kernel, dilation, stride)), 0
+    elif padding == "valid":
+        padding = 0
+    elif isinstance(padding, str):
+        raise ValueError(f"{name}: padding must be 'same', 'valid' or ints, got {padding!r}")
+    padding = _tuple(name, "padding", padding, dims)
+    total = outputs if channels_total is None else channels_total
+    if not 0 <= channel_offset <= total - outputs:
+        raise ValueError(
+            f"{name}: channel_offset must lie in [0, channels_total - {outputs}], got {channel_offset} of {total}"
+        )
+    check_stream(name, row_offset, 0, sample, 0)
+    seed = as_seed(name, seed, x.device)
+    formula = lrt_conv_reference if composite_needed() else torch.ops.losssurf_fast.lrt_conv.default
+    y, _ = formula(
+        batch, weight, scale, bias, seed, parameterization, stride, padding, dilation, transposed, output_padding,
+        groups, row_offset + channel_offset, total, sample,
+    )  # fmt: skip
+    return y if x.dim() == dims + 2 else y.squeeze(0)
+
+
+def lrt_conv2d(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    stride: int | tuple[int, ...] = 1,
+    padding: str | int | tuple[int, ...] = 0,
+    dilation: int | tuple[int, ...] = 1,
+    groups: int = 1,
+    *,
+    parameterization: str,
+    seed: int | torch.Tensor | None = None,
+    row_offset: int = 0,
+    channels_total: int | None = None,
+    channel_offset: int = 0,
+    sample: int = 0,
+) -> torch.Tensor:
+    """2-d convolution with Gaussian weights, sampled by the local reparameterization trick.
+
+    Args:
+        x: ``[N, C, H, W]`` or ``[C, H, W]`` in float64, float32, bfloat16 or float16 (under autocast: cast to its
+            dtype), in any memory format.
+        weight: mean of the weights ``[O, C / groups, kH, kW]``; None for the "variance" parameterization.
+        scale: ``log_alpha`` ``[1]`` ("layer"), ``[O]`` ("neuron") or of the weights' shape ("weight"),
+            ``log_sigma2`` of the weights' shape ("additive", "variance").
+        bias: ``[O]`` or None; it has no variance.
+        stride, padding, dilation, groups: as for ``F.conv2d``, "same" and "valid" included.
+        parameterization: one of the five of ``ops/lrt.py``.
+        seed: int or 0-d int64 tensor on x's device; drawn from the default generator if None.
+        row_offset: first noise row; the shard of a batch that begins at sample n draws what the whole batch would draw
+            with ``n * channels_total``.
+        channels_total, channel_offset: where the output channels lie among those of a layer sharded by channels.
+        sample: which of the 2^32 draws of this seed.
+
+    Parameters have x's dtype, or float32 beside half-precision activations; gradients have the parameters' dtypes.
+
+    Returns:
+        ``[N, O, H', W']`` in x's dtype, without N for an x without it.
+
+    Raises:
+        TypeError, ValueError: a dtype, device, shape, name, seed or offset is not as above.
+    """
+    return _lrt_conv(
+        "lrt_conv2d", 2, x, weight, scale, bias, parameterization, seed, stride, padding, dilation, groups, row_offset,
+        channels_total, channel_offset, sample,
+    )  # fmt: skip
+
+
+def lrt_conv1d(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    stride: int | tuple[int, ...] = 1,
+    padding: str | int | tuple[int, ...] = 0,
+    dilation: int | tuple[int, ...] = 1,
+    groups: int = 1,
+    *,
+    parameterization: str,
+    seed: int | torch.Tensor | None = None,
+    row_offset: int = 0,
+    channels_total: int | None = None,
+    channel_offset: int = 0,
+    sample: int = 0,
+) -> torch.Tensor:
+    """:func:`lrt_conv2d` with 1 spatial dimension: x ``[N, C, L]``."""
+    return _lrt_conv(
+        "lrt_conv1d", 1, x, weight, scale, bias, parameterization, seed, stride, padding, dilation, groups, row_offset,
+        channels_total, channel_offset, sample,
+    )  # fmt: skip
+
+
+def lrt_conv3d(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    stride: int | tuple[int, ...] = 1,
+    padding: str | int | tuple[int, ...] = 0,
+    dilation: int | tuple[int, ...] = 1,
+    groups: int = 1,
+    *,
+    parameterization: str,
+    seed: int | torch.Tensor | None = None,
+    row_offset: int = 0,
+    channels_total: int | None = None,
+    channel_offset: int = 0,
+    sample: int = 0,
+) -> torch.Tensor:
+    """:func:`lrt_conv2d` with 3 spatial dimensions: x ``[N, C, D, H, W]``."""
+    return _lrt_conv(
+        "lrt_conv3d", 3, x, weight, scale, bias, parameterization, seed, stride, padding, dilation, groups, row_offset,
+        channels_total, channel_offset, sample,
+    )  # fmt: skip
+
+
+def lrt_conv_transpose2d(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    stride: int | tuple[int, ...] = 1,
+    padding: int | tuple[int, ...] = 0,
+    output_padding: int | tuple[int, ...] = 0,
+    groups: int = 1,
+    dilation: int | tuple[int, ...] = 1,
+    *,
+    parameterization: str,
+    seed: int | torch.Tensor | None = None,
+    row_offset: int = 0,
+    channels_total: int | None = None,
+    channel_offset: int = 0,
+    sample: int = 0,
+) -> torch.Tensor:
+    """Transposed 2-d convolution with Gaussian weights, sampled by the local reparameterization trick.
+
+    Args:
+        x: ``[N, C, H, W]`` or ``[C, H, W]`` in float64, float32, bfloat16 or float16 (under autocast: cast to its
+            dtype), in any memory format.
+        weight: mean of the weights ``[C, O / groups, kH, kW]``; None for the "variance" parameterization.
+        scale: ``log_alpha`` ``[1]`` ("layer"), ``[O]`` ("neuron") or of the weights' shape ("weight"),
+            ``log_sigma2`` of the weights' shape ("additive", "variance").
+        bias: ``[O]`` or None; it has no variance.
+        stride, padding, output_padding, groups, dilation: as for ``F.conv_transpose2d``.
+        parameterization: one of the five of ``ops/lrt.py``.
+        seed: int or 0-d int64 tensor on x's device; drawn from the default generator if None.
+        row_offset: first noise row; the shard of a batch that begins at sample n draws what the whole batch would draw
+            with ``n * channels_total``.
+        channels_total, channel_offset: where the output channels lie among those of a layer sharded by channels.
+        sample: which of the 2^32 draws of this seed.
+
+    Parameters have x's dtype, or float32 beside half-precision activations; gradients have the parameters' dtypes.
+
+    Returns:
+        ``[N, O, H', W']`` in x's dtype, without N for an x without it.
+
+    Raises:
+        TypeError, ValueError: a dtype, device, shape, name, seed or offset is not as above.
+    """
+    return _lrt_conv(
+        "lrt_conv_transpose2d", 2, x, weight, scale, bias, parameterization, seed, stride, padding, dilation, groups,
+        row_offset, channels_total, channel_offset, sample, True, output_padding,
+    )  # fmt: skip
+
+
+def lrt_conv_transpose1d(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    stride: int | tuple[int, ...] = 1,
+    padding: int | tuple[int, ...] = 0,
+    output_padding: int | tuple[int, ...] = 0,
+    groups: int = 1,
+    dilation: int | tuple[int, ...] = 1,
+    *,
+    parameterization: str,
+    seed: int | torch.Tensor | None = None,
+    row_offset: int = 0,
+    channels_total: int | None = None,
+    channel_offset: int = 0,
+    sample: int = 0,
+) -> torch.Tensor:
+    """:func:`lrt_conv_transpose2d` with 1 spatial dimension: x ``[N, C, L]``."""
+    return _lrt_conv(
+        "lrt_conv_transpose1d", 1, x, weight, scale, bias, parameterization, seed, stride, padding, dilation, groups,
+        row_offset, channels_total, channel_offset, sample, True, output_padding,
+    )  # fmt: skip
+
+
+def lrt_conv_transpose3d(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    stride: int | tuple[int, ...] = 1,
+    padding: int | tuple[int, ...] = 0,
+    output_padding: int | tuple[int, ...] = 0,
+    groups: int = 1,
+    dilation: int | tuple[int, ...] = 1,
+    *,
+    parameterization: str,
+    seed: int | torch.Tensor | None = None,
+    row_offset: int = 0,
+    channels_total: int | None = None,
+    channel_offset: int = 0,
+    sample: int = 0,
+) -> torch.Tensor:
+    """:func:`lrt_conv_transpose2d` with 3 spatial dimensions: x ``[N, C, D, H, W]``."""
+    return _lrt_conv(
+        "lrt_conv_transpose3d", 3, x, weight, scale, bias, parameterization, seed, stride, padding, dilation, groups,
+        row_offset, channels_total, channel_offset, sample, True, output_padding,
+    )  # fmt: skip
