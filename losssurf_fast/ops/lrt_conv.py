@@ -5,7 +5,7 @@ With ``conv`` a convolution, transposed or not, of 1, 2 or 3 spatial dimensions:
     mean = conv(x, w) + b     var = conv(x^2, sigma^2)     y = mean + sqrt(max(var, 0) + 1e-16) eps
 
 Kingma, Salimans and Welling, NIPS 2015; as in Neklyudov et al., ICLR 2019, the noise of output positions is
-independent, which a single draw of shared weights would not be. The "neuron" parameterization has one alpha per output channel.
+independent, which a single draw of shared weights would not be. "neuron" means one alpha per output channel.
 
 eps is the noise of ``ops/noise.py``: row = n * channels_total + channel_offset + channel for sample n of the batch,
 column = flattened spatial position, whatever the memory format. Outputs keep the memory format that the library's

@@ -1,4 +1,4 @@
-"""``lrt_conv1d`` to ``lrt_conv_transpose3d``: checks and arguments in torch's words around the operator ``lrt_conv``."""
+"""``lrt_conv1d`` to ``lrt_conv_transpose3d``: torch's arguments and checks around the operator ``lrt_conv``."""
 
 import torch
 from torch.nn import functional as F
