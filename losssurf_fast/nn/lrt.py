@@ -113,7 +113,13 @@ class LRTLayer(StochasticLayer):
         ``seed`` (int or 0-d int64 tensor) fixes the noise; by default one is drawn from torch's default generator.
         Pass it through ``torch.utils.checkpoint`` where that is told not to preserve the generator's state.
         """
-        return self.local(input, seed) if self.draws_noise else self.plain(input, self.weight)
+        return self.respond(input, seed)
+
+    def respond(self, input: torch.Tensor, seed: int | torch.Tensor | None, **geometry) -> torch.Tensor:
+        """A draw or the mean; ``geometry`` is what a layer's own forward tells its :meth:`local` and :meth:`plain`."""
+        if self.draws_noise:
+            return self.local(input, seed, **geometry)
+        return self.plain(input, self.weight, **geometry)
 
     def plain(self, input: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
         """The torch layer's output with ``weight``, which has the weight's shape; None stands for zeros."""
