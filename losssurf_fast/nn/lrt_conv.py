@@ -7,6 +7,7 @@ from torch.nn import functional as F
 from losssurf_fast import ops
 from losssurf_fast.nn.lrt import LRTLayer, check_parameterization
 from losssurf_fast.nn.lrt_linear import in_dtype_of
+from losssurf_fast.nn.weight_space import check_sampling
 from losssurf_fast.ops.lrt import LRT_DTYPES, check_companion
 
 
@@ -76,12 +77,15 @@ class _LRTConv(_LRTConvolution):
         parameterization: str = "additive",
         init_log_sigma2: float | None = None,
         init_log_alpha: float | None = None,
+        sampling: str = "local",
     ) -> None:
+        check_sampling(type(self).__name__, sampling)
         check_parameterization(type(self).__name__, parameterization, init_log_sigma2, init_log_alpha)
         super().__init__(
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype
         )
         self.become_stochastic(parameterization, init_log_sigma2, init_log_alpha)
+        self.sampling = sampling
 
     def draw(self, input, weight, scale, bias, seed) -> torch.Tensor:
         padding = self.padding
@@ -115,14 +119,15 @@ class LRTConv2d(_LRTConv, nn.Conv2d):
             for ``nn.Conv2d``; dtype float64, float32, bfloat16, float16.
         parameterization: "layer", "neuron", "weight" (``log_alpha`` [1], [out_channels] or of the weight's shape),
             "additive" or "variance" (``log_sigma2`` of the weight's shape; ``weight`` is None for "variance").
-        init_log_alpha, init_log_sigma2: first values, as for :class:`LRTLinear`.
+        init_log_alpha, init_log_sigma2, sampling: as for :class:`LRTLinear`.
 
     ``log_alpha`` and ``log_sigma2`` are float32 also in half-precision models. A plain layer's state_dict loads with
     ``strict=False``; "variance" takes only the bias from it.
 
     Raises:
         TypeError: an initial value is no real number.
-        ValueError: unknown parameterization, or an initial value that it does not have or that is not finite.
+        ValueError: unknown parameterization or sampling, or an initial value that it does not have or that is not
+            finite.
     """
 
     operator = "lrt_conv2d"
@@ -153,13 +158,16 @@ class _LRTConvTranspose(_LRTConvolution):
         parameterization: str = "additive",
         init_log_sigma2: float | None = None,
         init_log_alpha: float | None = None,
+        sampling: str = "local",
     ) -> None:
+        check_sampling(type(self).__name__, sampling)
         check_parameterization(type(self).__name__, parameterization, init_log_sigma2, init_log_alpha)
         super().__init__(
             in_channels, out_channels, kernel_size, stride, padding, output_padding, groups, bias, dilation,
             padding_mode, device, dtype,
         )  # fmt: skip
         self.become_stochastic(parameterization, init_log_sigma2, init_log_alpha)
+        self.sampling = sampling
 
     def spread(self, scale: torch.Tensor) -> torch.Tensor:
         """A scale ``[O]``, broadcastable to the weight ``[C, O / groups, ...]``."""
@@ -205,7 +213,7 @@ class LRTConvTranspose2d(_LRTConvTranspose, nn.ConvTranspose2d):
     Args:
         in_channels, out_channels, kernel_size, stride, padding, output_padding, groups, bias, dilation, padding_mode,
             device, dtype: as for ``nn.ConvTranspose2d``.
-        parameterization, init_log_alpha, init_log_sigma2: as for :class:`LRTConv2d`.
+        parameterization, init_log_alpha, init_log_sigma2, sampling: as for :class:`LRTConv2d`.
 
     Raises:
         TypeError, ValueError: as for :class:`LRTConv2d`.
