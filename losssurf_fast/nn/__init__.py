@@ -2,6 +2,7 @@
 
 from losssurf_fast.nn.curve import CurveLinear
 from losssurf_fast.nn.lrt import LRTLayer
+from losssurf_fast.nn.lrt_attention import LRTMultiheadAttention
 from losssurf_fast.nn.lrt_conv import (
     LRTConv1d,
     LRTConv2d,
@@ -10,6 +11,7 @@ from losssurf_fast.nn.lrt_conv import (
     LRTConvTranspose2d,
     LRTConvTranspose3d,
 )
+from losssurf_fast.nn.lrt_embedding import LRTEmbedding
 from losssurf_fast.nn.lrt_linear import LRTLinear
 from losssurf_fast.nn.stochastic import StochasticLayer
 
@@ -21,7 +23,9 @@ __all__ = [
     "LRTConvTranspose1d",
     "LRTConvTranspose2d",
     "LRTConvTranspose3d",
+    "LRTEmbedding",
     "LRTLayer",
     "LRTLinear",
+    "LRTMultiheadAttention",
     "StochasticLayer",
 ]

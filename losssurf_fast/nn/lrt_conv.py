@@ -20,9 +20,9 @@ class _LRTConvolution(LRTLayer):
 
     operator: str  # the function of lsf.ops that draws
 
-    @property
-    def outputs(self) -> int:
-        return self.out_channels
+    @staticmethod
+    def gaussian_weights(layer: nn.Module) -> dict[str, int]:
+        return {"weight": layer.out_channels}
 
     def local(self, input: torch.Tensor, seed: int | torch.Tensor | None, **geometry) -> torch.Tensor:
         return self.draw(input, self.weight, self.scale, self.bias, seed, **geometry)

@@ -58,9 +58,9 @@ class LRTLinear(LRTLayer, nn.Linear):
         self.become_stochastic(parameterization, init_log_sigma2, init_log_alpha)
         self.sampling = sampling
 
-    @property
-    def outputs(self) -> int:
-        return self.out_features
+    @staticmethod
+    def gaussian_weights(layer: nn.Module) -> dict[str, int]:
+        return {"weight": layer.out_features}
 
     def local(self, input: torch.Tensor, seed: int | torch.Tensor | None) -> torch.Tensor:
         return ops.lrt_linear(
@@ -68,18 +68,22 @@ class LRTLinear(LRTLayer, nn.Linear):
         )
 
     def plain(self, input: torch.Tensor, weight: torch.Tensor | None, with_bias: bool = True) -> torch.Tensor:
-        check_activations(input)
-        if weight is None:
-            return self._bias_alone(input)
-        return F.linear(input, *in_dtype_of(input, weight, self.bias if with_bias else None))
+        return linear_mean(input, weight, self.scale, self.bias if with_bias else None)
 
-    def _bias_alone(self, input: torch.Tensor) -> torch.Tensor:
-        device = input.device.type
-        if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
-            input = input.to(torch.get_autocast_dtype(device))
-        check_parameters(input, None, self.scale, self.bias, self.parameterization)  # nothing else would complain
-        out = input.new_zeros(*input.shape[:-1], self.out_features)
-        return out if self.bias is None else out + self.bias.to(input.dtype)
+
+def linear_mean(
+    input: torch.Tensor, weight: torch.Tensor | None, scale: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """``F.linear`` with the checks of ``lrt_linear``; where ``weight`` is None, ``scale`` has its shape."""
+    check_activations(input)
+    if weight is not None:
+        return F.linear(input, *in_dtype_of(input, weight, bias))
+    device = input.device.type
+    if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
+        input = input.to(torch.get_autocast_dtype(device))
+    check_parameters(input, None, scale, bias, "variance")  # nothing else would complain
+    out = input.new_zeros(*input.shape[:-1], scale.shape[0])
+    return out if bias is None else out + bias.to(input.dtype)
 
 
 def in_dtype_of(
