@@ -25,7 +25,7 @@ from losssurf_fast.averaging import (
     averaged_weights,
     update_bn,
 )
-from losssurf_fast.conversion import ConversionReport, conversion_report, to_lrt
+from losssurf_fast.conversion import ConversionReport, conversion_report, from_lrt, load_variance_networks, to_lrt
 from losssurf_fast.curve import Curve, CurveReport, evaluate_curve
 from losssurf_fast.neb import MinimaGraph, auto_neb
 from losssurf_fast.objective import ELBOLoss, kl_divergence
@@ -55,9 +55,11 @@ __all__ = [
     "averaged_weights",
     "conversion_report",
     "evaluate_curve",
+    "from_lrt",
     "kernel_for",
     "kl_divergence",
     "line",
+    "load_variance_networks",
     "nn",
     "ops",
     "predict",
