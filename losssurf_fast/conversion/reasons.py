@@ -1,6 +1,7 @@
 """Why a layer cannot become a stochastic one."""
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from losssurf_fast.conversion.classes import CONVERTIBLE, TWINS
 from losssurf_fast.nn.lrt import LRTLayer
@@ -11,9 +12,12 @@ _COMPUTED = "is computed (parametrized, pruned or normalised)"
 
 def holds_weights(module: nn.Module) -> bool:
     """Whether the module itself holds a weight matrix, so that the report has to mention it."""
-    if isinstance(module, CONVERTIBLE) or _is_quantised(module):
-        return True
-    return any(p.dim() >= 2 for p in module.parameters(recurse=False))
+    return isinstance(module, CONVERTIBLE) or _is_quantised(module) or bool(matrices(module))
+
+
+def matrices(module: nn.Module) -> list[nn.Parameter]:
+    """Its own parameters of two or more dimensions."""
+    return [p for p in module.parameters(recurse=False) if not is_lazy(p) and p.dim() >= 2]
 
 
 def why_left(module: nn.Module, parameterization: str) -> str | None:

@@ -55,8 +55,17 @@ class _LRTConvolution(LRTLayer):
             input = input.to(torch.get_autocast_dtype(device))
         check_companion(self.operator, "scale", self.scale, "x", input)
         shapes = [None if t is None else torch.empty_like(t, device="meta") for t in (input, self.scale, self.bias)]
-        out = torch.zeros_like(self.draw(shapes[0], None, *shapes[1:], 0, **geometry), device=input.device)
+        shape = self.draw(shapes[0], None, *shapes[1:], 0, **geometry)
+        out = torch.zeros_like(shape, device=input.device, memory_format=_memory_format(input))
         return out if bias is None else out + bias.to(out.dtype).view(-1, *[1] * len(self.kernel_size))
+
+
+def _memory_format(t: torch.Tensor) -> torch.memory_format:
+    """That of a convolution's output for ``t``."""
+    channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(t.dim())
+    if channels_last is None or t.is_contiguous() or not t.is_contiguous(memory_format=channels_last):
+        return torch.contiguous_format
+    return channels_last
 
 
 class _LRTConv(_LRTConvolution):

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from torch import nn
 
 from losssurf_fast.conversion.classes import CONVERTIBLE, TWINS, outputs_dim, turn_off_fast_paths
-from losssurf_fast.conversion.reasons import holds_weights, why_left
+from losssurf_fast.conversion.reasons import holds_weights, matrices, why_left
 from losssurf_fast.conversion.report import ConversionReport, add_report
 from losssurf_fast.nn.lrt import LRTLayer, check_parameterization, initial_scale
 from losssurf_fast.nn.stochastic import StochasticLayer
@@ -133,12 +133,11 @@ def _settle_shared_weights(weighted, reasons: dict[str, str | None], parameteriz
 
 
 def _sharing(weighted: dict[str, nn.Module]) -> list[list[str]]:
-    """Names of the modules that hold one Parameter, for every Parameter that several hold."""
+    """Names of the modules that hold a weight, for every weight that several hold."""
     holders: dict[int, list[str]] = {}
     for name, module in weighted.items():
-        for parameter in module.parameters(recurse=False):
-            if parameter.dim() >= 2:
-                holders.setdefault(id(parameter), []).append(name)
+        for parameter in matrices(module):
+            holders.setdefault(id(parameter), []).append(name)
     return [names for names in holders.values() if len(names) > 1]
 
 
