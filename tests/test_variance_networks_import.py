@@ -189,7 +189,11 @@ def test_other_models_are_refused_with_advice():
     [
         (None, {}, "model must be a torch.nn.Module, got NoneType"),
         (nn.Linear(2, 2), None, "checkpoint must be a state_dict or the path of one, got NoneType"),
-        (nn.Linear(2, 2), {"weight": 3}, "checkpoint must be a state_dict or the path of one, got dict with other values"),
+        (
+            nn.Linear(2, 2),
+            {"weight": 3},
+            "checkpoint must be a state_dict or the path of one, got dict with other values",
+        ),
     ],
 )
 def test_bad_arguments(model, state, message):
