@@ -138,12 +138,24 @@ def test_errors_leave_the_model_alone():
         lsf.from_lrt(nn.Linear(2, 2))
     parametrized = lsf.nn.LRTLinear(2, 2)
     nn.utils.parametrize.register_parametrization(parametrized, "weight", nn.Identity())
-    for bad in (OwnLayer(2, 2), parametrized):
+    for bad, message in ((OwnLayer(2, 2), "OwnLayer is no layer of lsf.nn"), (parametrized, "call lsf.bake_pruning")):
         model = nn.Sequential(lsf.nn.LRTLinear(2, 2), bad)
-        with pytest.raises(ValueError, match="from_lrt: .* is no layer of lsf.nn"):
+        with pytest.raises(ValueError, match=f"from_lrt: .*{message}"):
             lsf.from_lrt(model)
         assert isinstance(model[0], lsf.nn.LRTLinear)
     model = lsf.to_lrt(nn.Linear(2, 2))
     with pytest.raises(TypeError, match="seed"):
         lsf.from_lrt(model, seed=1.5)
     assert isinstance(model, lsf.nn.LRTLinear)
+
+
+def test_pruned_models():
+    model = lsf.to_lrt(GPT(), "weight", include="*").eval()
+    with torch.no_grad():
+        model.head.log_alpha[:5] = 4.0
+        model.blocks.layers[0].self_attn.in_proj_log_alpha[3] = 4.0
+    lsf.prune(model)
+    expected = model(INDEX)
+    lsf.from_lrt(lsf.bake_pruning(model))
+    assert type(model.head) is nn.Linear and (model.head.weight[:5] == 0).all()
+    torch.testing.assert_close(model(INDEX), expected)

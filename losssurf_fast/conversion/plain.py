@@ -28,14 +28,19 @@ def from_lrt(model: nn.Module, *, seed: int | torch.Tensor | None = None) -> nn.
 
     Raises:
         TypeError: not a module.
-        ValueError: the model has no LRT layers, or one with a class of its own (a subclass, parametrized); the model is
-            as it was.
+        ValueError: the model has no LRT layers, or one that is parametrized or of a class of its own; the model is as
+            it was.
         NotImplementedError: a draw of sharded weights.
     """
     layers = [m for m in stochastic_layers(model, "from_lrt") if isinstance(m, LRTLayer)]
     if not layers:
         raise ValueError(f"from_lrt: {type(model).__name__} has no LRT layers")
     for layer in layers:
+        if hasattr(layer, "parametrizations"):
+            raise ValueError(
+                f"from_lrt: {type(layer).__name__} has parametrized weights; call lsf.bake_pruning after lsf.prune, "
+                "and remove other parametrizations"
+            )
         if type(layer) not in PLAIN:
             raise ValueError(f"from_lrt: {type(layer).__name__} is no layer of lsf.nn, so it has no plain counterpart")
         if seed is not None and hasattr(layer.scale, "device_mesh"):
