@@ -46,7 +46,7 @@ PLAIN: dict[type[LRTLayer], type[nn.Module]] = {twin.layer: plain for plain, twi
 
 def outputs_dim(module: nn.Module) -> int:
     """Which dimension of its weight the outputs of a layer are, plain or stochastic."""
-    return TWINS[PLAIN[type(module)] if isinstance(module, LRTLayer) else type(module)].outputs_dim
+    return next(twin.outputs_dim for plain, twin in TWINS.items() if isinstance(module, plain))
 
 
 _FAST_PATH = "_losssurf_fast_path"  # what a module's switch was before it was turned off

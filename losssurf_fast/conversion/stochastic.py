@@ -6,9 +6,10 @@ from collections.abc import Iterable, Sequence
 
 from torch import nn
 
-from losssurf_fast.conversion.classes import CONVERTIBLE, TWINS, outputs_dim, turn_off_fast_paths
-from losssurf_fast.conversion.reasons import holds_weights, matrices, why_left
+from losssurf_fast.conversion.classes import CONVERTIBLE, TWINS, turn_off_fast_paths
+from losssurf_fast.conversion.reasons import holds_weights, why_left
 from losssurf_fast.conversion.report import ConversionReport, add_report
+from losssurf_fast.conversion.sharing import conflicts, sharing
 from losssurf_fast.nn.lrt import LRTLayer, check_parameterization, initial_scale
 from losssurf_fast.nn.stochastic import StochasticLayer
 
@@ -66,7 +67,9 @@ def to_lrt(
             )
 
     reasons = {name: _reason(name, m, parameterization, include, exclude) for name, m in weighted.items()}
-    _settle_shared_weights(weighted, reasons, parameterization, exclude)
+    _follow(weighted, reasons, parameterization, exclude)
+    for names in sharing(weighted):
+        reasons.update(conflicts(weighted, names, reasons, parameterization))
     _settle_attention(weighted, reasons)
     chosen = {name: weighted[name] for name, reason in reasons.items() if reason is None}
     report = ConversionReport(
@@ -105,40 +108,14 @@ def _reason(name: str, module: nn.Module, parameterization: str, include, exclud
     return why_left(module, parameterization)
 
 
-def _settle_shared_weights(weighted, reasons: dict[str, str | None], parameterization: str, exclude) -> None:
-    """Let embeddings follow the layers they share a weight with, and leave what would give one weight two noises."""
-    for names in _sharing(weighted):
+def _follow(weighted, reasons: dict[str, str | None], parameterization: str, exclude) -> None:
+    """Let embeddings follow the layers they share a weight with, unless ``exclude`` names them."""
+    for names in sharing(weighted):
         if any(reasons[name] is None for name in names):
             for name in names:
-                if reasons[name] in (_EMBEDDING, _NOT_SELECTED) and isinstance(weighted[name], nn.Embedding):
-                    reasons[name] = (
-                        _NOT_SELECTED if _matches(name, exclude) else why_left(weighted[name], parameterization)
-                    )
-        earlier = [name for name in names if isinstance(weighted[name], LRTLayer)]
-        chosen = [name for name in names if reasons[name] is None]
-        for name in earlier:
-            if weighted[name].parameterization != parameterization:
-                reasons.update(
-                    dict.fromkeys(chosen, f"it shares its weight with {name}, which has other noise already")
-                )
-        if parameterization == "neuron":
-            dims = {name: outputs_dim(weighted[name]) for name in (*earlier, *chosen)}
-            kept = min((dims[name] for name in earlier or chosen), default=0)
-            for name in chosen:
-                if dims[name] != kept:
-                    reasons[name] = "it shares its weight with a layer whose outputs are another dimension of it"
-        if parameterization == "variance" and 0 < len(chosen) < len(names):
-            stays = next(name for name in names if name not in chosen)
-            reasons.update(dict.fromkeys(chosen, f"it shares its weight with {stays}, which stays and needs it"))
-
-
-def _sharing(weighted: dict[str, nn.Module]) -> list[list[str]]:
-    """Names of the modules that hold a weight, for every weight that several hold."""
-    holders: dict[int, list[str]] = {}
-    for name, module in weighted.items():
-        for parameter in matrices(module):
-            holders.setdefault(id(parameter), []).append(name)
-    return [names for names in holders.values() if len(names) > 1]
+                module = weighted[name]
+                if type(module) is nn.Embedding and reasons[name] is not None and not _matches(name, exclude):
+                    reasons[name] = why_left(module, parameterization)
 
 
 def _settle_attention(weighted, reasons: dict[str, str | None]) -> None:
