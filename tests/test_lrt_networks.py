@@ -1,10 +1,11 @@
-"""Convolutional networks with Gaussian weights in the tools: averages, curves, update_bn, prediction."""
+"""Networks whose convolutions, embeddings and attention have Gaussian weights in the tools: averages, curves..."""
 
 import copy
 
 import pytest
 import torch
 import torch.distributed as dist
+from conversion_models import GPT, INDEX
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
@@ -94,6 +95,23 @@ def test_curve(parameterization):
         torch.testing.assert_close(curve.module[0](X), ends[0].eval()[0](X))
     with curve.at(0.3):
         assert torch.isfinite(lsf.kl_divergence(curve.module, "normal"))
+
+
+@pytest.mark.parametrize("parameterization", ["layer", "variance"])
+def test_language_models_in_the_tools(parameterization):
+    models = [lsf.to_lrt(GPT(), parameterization, include="*") for _ in range(2)]
+    swa, swag = lsf.AveragedModel(models[0], use_buffers=True), lsf.SWAG(models[0], max_num_models=2)
+    for model in models:
+        swa.update_parameters(model)
+        swag.collect_model(model)
+    with lsf.averaged_weights(models[1], swa):
+        torch.testing.assert_close(models[1].eval()(INDEX), swa.eval()(INDEX))
+    swag.sample(seed=1)
+    curve = lsf.Curve(models, num_bends=3)
+    for outputs in (swag.module(INDEX), curve(INDEX, t=0.3), curve.module_at(0.3)(INDEX)):
+        assert outputs.shape == (3, 5, 11) and torch.isfinite(outputs).all()
+    torch.testing.assert_close(curve.eval()(INDEX, t=0.0), models[0].eval()(INDEX))
+    assert lsf.predict(models[0], INDEX, num_samples=2).shape == (3, 5, 11)
 
 
 @pytest.mark.parametrize("parameterization", ["layer", "neuron", "variance"])
