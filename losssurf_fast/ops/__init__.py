@@ -8,7 +8,7 @@ from losssurf_fast.ops.block_float import block_float, block_float_dequantize, b
 from losssurf_fast.ops.curve import curve_coefficients, curve_weights
 from losssurf_fast.ops.curve_linear import curve_linear
 from losssurf_fast.ops.kl import kl_ard, kl_log_uniform, kl_normal
-from losssurf_fast.ops.lrt import lrt_linear, lrt_sample
+from losssurf_fast.ops.lrt import lrt_linear
 from losssurf_fast.ops.lrt_conv_functions import (
     lrt_conv1d,
     lrt_conv2d,
@@ -17,6 +17,7 @@ from losssurf_fast.ops.lrt_conv_functions import (
     lrt_conv_transpose2d,
     lrt_conv_transpose3d,
 )
+from losssurf_fast.ops.lrt_sample import lrt_sample
 from losssurf_fast.ops.noise import philox_normal
 from losssurf_fast.ops.swag import swag_collect_, swag_sample
 

@@ -24,11 +24,8 @@ import math
 import torch
 
 from losssurf_fast._library import define, register_autograd, second_order, without_autocast
-from losssurf_fast.ops.lrt import (
-    EPSILON,
-    operand_dtype,
-    variance_operand,
-)
+from losssurf_fast.ops.lrt import operand_dtype, variance_operand
+from losssurf_fast.ops.lrt_sample import EPSILON, sample_noise
 
 # ---- reference -----------------------------------------------------------------------------------------------------
 
@@ -36,10 +33,8 @@ from losssurf_fast.ops.lrt import (
 def channel_noise(shape, seed, row_offset, channels_total, sample, dtype) -> torch.Tensor:
     """Noise of an output ``[N, O, *S]`` whose channels are rows ``row_offset + n channels_total + channel``."""
     batch, channels, *spatial = shape
-    positions = math.prod(spatial)
-    rows = batch * channels_total
-    eps = torch.ops.losssurf_fast.philox_normal.default(seed, rows, positions, row_offset, 0, sample, dtype)
-    return eps.view(batch, channels_total, positions)[:, :channels].reshape(shape)
+    matrix = (batch * channels, math.prod(spatial))
+    return sample_noise(matrix, seed, row_offset, 0, sample, channels, channels_total, dtype).view(shape)
 
 
 def _per_channel(t: torch.Tensor, dims: int) -> torch.Tensor:
