@@ -39,6 +39,11 @@ class Scratch {
     return out;
   }
 
+  // Laid out like t, which is dense.
+  at::Tensor empty_like(const at::Tensor& t, at::ScalarType dtype) {
+    return empty({t.numel()}, t.options().dtype(dtype)).as_strided(t.sizes(), t.strides());
+  }
+
   // t in `dtype`, contiguous: t itself where it is that already.
   at::Tensor cast(const at::Tensor& t, at::ScalarType dtype) {
     if (t.scalar_type() == dtype) return t.contiguous();
