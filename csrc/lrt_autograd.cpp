@@ -64,10 +64,9 @@ struct Differentiable : torch::autograd::Function<Differentiable<Operator, Place
   }
 
   template <size_t... I>
-  static auto call_backward(AutogradContext* ctx, const Tensor& grad, std::array<bool, 4> needed,
-                            std::index_sequence<I...>) {
+  static auto call_backward(AutogradContext* ctx, const Tensor& grad, const variable_list& saved,
+                            std::array<bool, 4> needed, std::index_sequence<I...>) {
     static const auto op = find<Backward>(Operator::backward);
-    const variable_list saved = ctx->get_saved_variables();
     const std::vector<c10::IValue> place = ctx->saved_data["place"].toTupleRef().elements().vec();
     return op.call(grad, saved[0], maybe(saved[1]), saved[2], ctx->saved_data.count("bias"), saved[3], saved[4],
                    ctx->saved_data["parameterization"].toStringRef(), needed,
@@ -75,7 +74,8 @@ struct Differentiable : torch::autograd::Function<Differentiable<Operator, Place
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    const bool has_weight = ctx->get_saved_variables()[1].defined(), has_bias = ctx->saved_data.count("bias");
+    const variable_list saved = ctx->get_saved_variables();  // once: checkpoints unpack them here
+    const bool has_weight = saved[1].defined(), has_bias = ctx->saved_data.count("bias");
     // Edges are numbered over the tensors that were given.
     int edge = 0;
     const bool need_x = ctx->needs_input_grad(edge++);
@@ -85,7 +85,7 @@ struct Differentiable : torch::autograd::Function<Differentiable<Operator, Place
     // Without create_graph, straight to the kernel; with it, through the operator's own autograd formula.
     std::optional<at::AutoDispatchBelowADInplaceOrView> guard;
     if (!at::GradMode::is_enabled()) guard.emplace();
-    auto [x, weight, scale, bias] = call_backward(ctx, grads[0], {need_x, need_weight, need_scale, need_bias},
+    auto [x, weight, scale, bias] = call_backward(ctx, grads[0], saved, {need_x, need_weight, need_scale, need_bias},
                                                   std::index_sequence_for<Place...>());
     if (need_bias) bias = bias.to(ctx->saved_data["bias"].toScalarType());
     const auto keep = [](bool needed, const Tensor& t) { return needed ? t : Tensor(); };

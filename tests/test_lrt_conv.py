@@ -166,6 +166,25 @@ def test_lrt_conv_every_subset_of_gradients(parameterization):
                 torch.testing.assert_close(grad, everything[i])
 
 
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_lrt_conv_backward_in_parts(dtype, channels_last):
+    """The variance gradient of a large output (20 MiB in fp32) is made in parts: the sum of its shards."""
+    case = ((23, 2, 160, 160), (9 if dtype == F32 else 18, 2, 1, 1), POINTS[2])
+    x, weight, scale, _ = lrt_conv_inputs("neuron", case, dtype, F32, channels_last)
+    outputs, place = weight.shape[0], (torch.tensor(3), "neuron", [True] * 4, *POINTS[2])
+    var, grad = (torch.randn(23, outputs, 160, 160).to(dtype) for _ in range(2))
+    call = lambda n, row_offset: OP.lrt_conv_backward(
+        grad[n], x[n], weight, scale, True, var[n].abs(), *place, row_offset
+    )
+    whole = call(slice(0, 23), 0)
+    shards = [call(slice(i, i + 8), outputs * i) for i in (0, 8, 16)]
+    tolerance = {"rtol": 1e-2, "atol": 1e-1} if dtype == BF16 else {"rtol": 1e-4, "atol": 1e-2}
+    assert torch.equal(whole[0], torch.cat([s[0] for s in shards]))
+    for i in (1, 2, 3):
+        torch.testing.assert_close(whole[i], sum(s[i] for s in shards), **tolerance)
+
+
 def test_lrt_conv_computes_needed_gradients_alone():
     """Where x needs no gradient, as in a network's first layer, no convolution computes one."""
 

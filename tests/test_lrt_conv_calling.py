@@ -41,7 +41,7 @@ def test_lrt_conv_is_the_library_convolution_where_there_is_no_noise(dims, trans
 
 @pytest.mark.parametrize("kernel", [(4, 3), (2, 2), (1, 1)])
 def test_lrt_conv_same_padding(kernel):
-    x, weight = torch.randn(2, 3, 6, 7), torch.randn(4, 3, *kernel)
+    x, weight = torch.randn(2, 3, 8, 9), torch.randn(4, 3, *kernel)
     scale = torch.full_like(weight, -1e4)
     for padding in ("same", "valid"):
         y = ops.lrt_conv2d(x, weight, scale, None, 1, padding, (2, 1), parameterization="additive")
@@ -222,7 +222,7 @@ def test_lrt_conv_compile(parameterization, channels_last):
     compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
     present = [t for t in (weight, scale, bias) if t is not None]
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    for size in ((3, 3, 8, 9), (5, 3, 10, 7), (6, 3, 12, 11)):
+    for size in ((7, 3, 8, 9), (5, 3, 10, 12), (6, 3, 12, 11)):
         x, seed = torch.randn(size).contiguous(memory_format=memory_format), torch.tensor(size[0])
         y, expected = compiled(x, seed), layer(x, seed)
         assert torch.equal(y, expected) and y.stride() == expected.stride()

@@ -86,6 +86,19 @@ struct Parameters {
   }
 };
 
+// Samples at a time. A gradient to var that Scratch does not hold would cost fresh pages, more than the passes over it.
+int64_t samples_at_once(const Tensor& var, at::ScalarType x_dtype) {
+  constexpr int64_t kPart = 4 << 20;
+  if (var.nbytes() <= Scratch::kLargest || var.scalar_type() == at::kDouble || var.scalar_type() != x_dtype)
+    return std::max<int64_t>(1, var.size(0));
+  return std::max<int64_t>(1, kPart / (var.nbytes() / var.size(0)));
+}
+
+void accumulate(Tensor& sum, const Tensor& part) {
+  if (!sum.defined()) sum = part;
+  else if (part.defined()) sum = sum.to(wide_dtype(sum)).add_(part);
+}
+
 std::tuple<Tensor, Tensor> lrt_conv_cpu(const Tensor& x, const MaybeTensor& weight, const Tensor& scale,
                                         const MaybeTensor& maybe_bias, const Tensor& seed,
                                         std::string_view parameterization, at::IntArrayRef stride,
@@ -133,16 +146,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lrt_conv_backward_cpu(
   const Tensor a = cast(dense(x_in), operand, scratch);
   const Tensor var = dense(var_in), grad = grad_in.contiguous(var.suggest_memory_format());
   p.check(var.size(1));
-  const LrtNoise noise = noise_of(var, seed, row_offset, channels_total, sample);
-  const VarianceGradient dvar =
-      sample_backward(noise, matrix(grad), output_alpha(p.kind, p.scale), matrix(var), operand, need_bias && has_bias,
-                      need_scale && outer_alpha, &scratch);
-  const Tensor dv = dvar.var.as_strided(var.sizes(), var.strides());
-  const bool need_sigma2 = (need_weight && p.kind != Kind::additive) || (need_scale && !outer_alpha);
-  const Tensor squares = need_sigma2 ? square(a, operand, scratch) : a;  // else only its sizes count
-  const Tensor sigma2 =
-      need_x ? variance_operand(p.kind, p.weight, p.scale, operand, scratch) : cast(p.kernel(), operand, scratch);
-  auto [through_var, dsigma2] = convolve_backward(dv, squares, sigma2, geometry, need_x, need_sigma2);
   const bool need_direct = need_weight || (need_scale && p.kind == Kind::weight);
   Tensor grad_x, grad_weight, grad_scale;
   if (p.weight.defined())
@@ -152,7 +155,33 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lrt_conv_backward_cpu(
   const auto arrange = [](const Tensor& t, const Tensor& like) {
     return t.defined() ? Layout::like(like).arrange(t) : t;
   };
-  if (need_x) grad_x = add_product(arrange(grad_x, a), a, arrange(through_var, a), x_in.scalar_type());
+  grad_x = arrange(grad_x, a);
+
+  const bool need_sigma2 = (need_weight && p.kind != Kind::additive) || (need_scale && !outer_alpha);
+  const Tensor alpha = output_alpha(p.kind, p.scale);
+  const Tensor sigma2 =
+      need_x ? variance_operand(p.kind, p.weight, p.scale, operand, scratch) : cast(p.kernel(), operand, scratch);
+  Tensor dsigma2, grad_bias, alpha_sums;
+  const int64_t step = samples_at_once(var, x_in.scalar_type());
+  const size_t mark = scratch.mark();
+  for (int64_t first = 0; first == 0 || first < var.size(0); first += step) {
+    scratch.release(mark);
+    const auto part = [&](const Tensor& t) { return t.narrow(0, first, std::min(step, t.size(0) - first)); };
+    const Tensor v = part(var), x = part(a);
+    const LrtNoise noise =
+        noise_of(v, seed, row_offset + first * (channels_total ? channels_total : var.size(1)), channels_total, sample);
+    const VarianceGradient dvar = sample_backward(noise, matrix(part(grad)), alpha, matrix(v), operand,
+                                                  need_bias && has_bias, need_scale && outer_alpha, &scratch);
+    accumulate(grad_bias, dvar.bias);
+    if (dvar.alpha.defined()) accumulate(alpha_sums, dvar.alpha.sum(0));
+    const Tensor squares = need_sigma2 ? square(x, operand, scratch) : x;  // else only its sizes count
+    const auto [through_var, part_sigma2] =
+        convolve_backward(dvar.var.as_strided(v.sizes(), v.strides()), squares, sigma2, geometry, need_x, need_sigma2);
+    accumulate(dsigma2, part_sigma2);
+    if (!need_x) continue;
+    const Tensor sum = add_product(part(grad_x), x, arrange(through_var, x), x_in.scalar_type());
+    if (step >= var.size(0)) grad_x = sum;  // else it lies in grad_x
+  }
   dsigma2 = arrange(dsigma2, p.kernel());
   grad_weight = arrange(grad_weight, p.kernel());
   if (need_direct) {
@@ -160,14 +189,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lrt_conv_backward_cpu(
     else if (outer_alpha) grad_weight = add_product(grad_weight, p.weight, dsigma2, p.weight.scalar_type());
     else grad_weight = grad_weight.to(p.weight.scalar_type());
   }
-  if (need_scale && outer_alpha) grad_scale = alpha_gradient(p.kind, dvar.alpha, p.scale);
+  if (need_scale && outer_alpha) grad_scale = alpha_gradient(p.kind, alpha_sums.unsqueeze(0), p.scale);
   else if (need_scale && p.kind != Kind::weight) grad_scale = product_exp(dsigma2, p.scale);
   const auto keep = [&](bool needed, const Tensor& t, const Tensor& like) {
     return needed ? arrange(t, like) : at::empty({0}, x_in.options());
   };
   return {keep(need_x, grad_x, x_in), keep(need_weight, grad_weight, weight_in.value_or(x_in)),
           keep(need_scale, grad_scale, scale_in),
-          need_bias && has_bias ? dvar.bias : at::empty({0}, x_in.options())};
+          need_bias && has_bias ? grad_bias : at::empty({0}, x_in.options())};
 }
 
 }  // namespace

@@ -104,23 +104,30 @@ void lrt_sample_backward_rows(const LrtSampleBackward& s, Tile tile, float* bias
     const float* v = widen(s.var.dtype, element(s.var, row, tile.col), tile.cols, var_buffer);
     void* result = element(s.grad_var, row, tile.col);
     float* dv = staging(s.grad_var.dtype, result, out_buffer);
-    Floats bias_sum = {}, alpha_sum = {};  // of the row
-    for_vectors(tile.cols, [&](ptrdiff_t i, auto extent) {
-      const Floats gi = load(g + i, extent), vi = load(v + i, extent);
-      const Floats ai = of_channels<kByRow>(s.alpha, channel, i, extent);
-      const Floats slope = splat(0.5f) / deviation(vi, ai) * ai;
-      Floats d = gi * load(eps + i, extent) * slope;
-      d = minimum(limit, maximum(-limit, d)) + (gi - gi);  // not finite where grad is not
-      d = vi < splat(0.0f) ? splat(0.0f) : d;
-      store(dv + i, d, extent);
-      if constexpr (kByRow) {
-        bias_sum = bias_sum + gi;
-        alpha_sum = fused_mul_add(d, vi, alpha_sum);
-      } else {
-        if (bias_sums) store(bias_sums + i, load(bias_sums + i, extent) + gi, extent);
-        if (alpha_sums) store(alpha_sums + i, fused_mul_add(d, vi, load(alpha_sums + i, extent)), extent);
-      }
-    });
+    Floats bias_sum = {}, alpha_sum = {};  // of the row, over short parts: long sums lose digits
+    constexpr ptrdiff_t kPart = 16 * kLanes;
+    for (ptrdiff_t begin = 0; begin < tile.cols; begin += kPart) {
+      Floats bias_part = {}, alpha_part = {};
+      for_vectors(tile.cols - begin < kPart ? tile.cols - begin : kPart, [&](ptrdiff_t j, auto extent) {
+        const ptrdiff_t i = begin + j;
+        const Floats gi = load(g + i, extent), vi = load(v + i, extent);
+        const Floats ai = of_channels<kByRow>(s.alpha, channel, i, extent);
+        const Floats slope = splat(0.5f) / deviation(vi, ai) * ai;
+        Floats d = gi * load(eps + i, extent) * slope;
+        d = minimum(limit, maximum(-limit, d)) + (gi - gi);  // not finite where grad is not
+        d = vi < splat(0.0f) ? splat(0.0f) : d;
+        store(dv + i, d, extent);
+        if constexpr (kByRow) {
+          bias_part = bias_part + gi;
+          alpha_part = fused_mul_add(d, vi, alpha_part);
+        } else {
+          if (bias_sums) store(bias_sums + i, load(bias_sums + i, extent) + gi, extent);
+          if (alpha_sums) store(alpha_sums + i, fused_mul_add(d, vi, load(alpha_sums + i, extent)), extent);
+        }
+      });
+      bias_sum = bias_sum + bias_part;
+      alpha_sum = alpha_sum + alpha_part;
+    }
     narrow(s.grad_var.dtype, dv, tile.cols, result);
     if (kByRow && bias_sums) bias_sums[r] += sum_of_lanes(bias_sum);
     if (kByRow && alpha_sums) alpha_sums[r] += sum_of_lanes(alpha_sum);
