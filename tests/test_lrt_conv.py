@@ -179,10 +179,11 @@ def test_lrt_conv_backward_in_parts(dtype, channels_last):
     )
     whole = call(slice(0, 23), 0)
     shards = [call(slice(i, i + 8), outputs * i) for i in (0, 8, 16)]
-    tolerance = {"rtol": 1e-2, "atol": 1e-1} if dtype == BF16 else {"rtol": 1e-4, "atol": 1e-2}
+    tolerance = 2e-2 if dtype == BF16 else 1e-5  # of the largest: bf16 products are rounded in every shard
     assert torch.equal(whole[0], torch.cat([s[0] for s in shards]))
     for i in (1, 2, 3):
-        torch.testing.assert_close(whole[i], sum(s[i] for s in shards), **tolerance)
+        atol = tolerance * whole[i].abs().max().item()
+        torch.testing.assert_close(whole[i], sum(s[i] for s in shards), rtol=0, atol=atol)
 
 
 def test_lrt_conv_computes_needed_gradients_alone():
