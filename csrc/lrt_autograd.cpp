@@ -60,6 +60,7 @@ struct Differentiable : torch::autograd::Function<Differentiable<Operator, Place
     ctx->saved_data["place"] = std::tuple<typename Kept<Place>::type...>(Kept<Place>::keep(place)...);
     if (bias) ctx->saved_data["bias"] = bias->scalar_type();
     ctx->mark_non_differentiable({var});
+    ctx->set_materialize_grads(false);  // var's would be zeros of its size
     return {y, var};
   }
 
@@ -74,6 +75,7 @@ struct Differentiable : torch::autograd::Function<Differentiable<Operator, Place
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    if (!grads[0].defined()) return variable_list(6 + sizeof...(Place));
     const variable_list saved = ctx->get_saved_variables();  // once: checkpoints unpack them here
     const bool has_weight = saved[1].defined(), has_bias = ctx->saved_data.count("bias");
     // Edges are numbered over the tensors that were given.
