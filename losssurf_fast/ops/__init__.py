@@ -9,7 +9,7 @@ from losssurf_fast.ops.curve import curve_coefficients, curve_weights
 from losssurf_fast.ops.curve_linear import curve_linear
 from losssurf_fast.ops.gaussian_weights import gaussian_weights
 from losssurf_fast.ops.kl import kl_ard, kl_log_uniform, kl_normal
-from losssurf_fast.ops.lrt import lrt_linear, lrt_sample
+from losssurf_fast.ops.lrt import lrt_linear
 from losssurf_fast.ops.lrt_conv_functions import (
     lrt_conv1d,
     lrt_conv2d,
@@ -18,6 +18,7 @@ from losssurf_fast.ops.lrt_conv_functions import (
     lrt_conv_transpose2d,
     lrt_conv_transpose3d,
 )
+from losssurf_fast.ops.lrt_sample import lrt_sample
 from losssurf_fast.ops.noise import philox_normal
 from losssurf_fast.ops.swag import swag_collect_, swag_sample
 

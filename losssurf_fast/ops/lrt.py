@@ -26,141 +26,17 @@ import math
 import torch
 from torch.nn import functional as F
 
-from losssurf_fast._library import (
-    composite_backward,
-    composite_needed,
-    define,
-    register_autograd,
-    second_order,
-    without_autocast,
+from losssurf_fast._library import composite_needed, define, register_autograd, second_order, without_autocast
+from losssurf_fast.ops.lrt_sample import EPSILON as EPSILON
+from losssurf_fast.ops.lrt_sample import (
+    LRT_DTYPES,
+    check_companion,
+    lrt_sample_backward_reference,
+    lrt_sample_reference,
 )
 from losssurf_fast.ops.noise import as_seed, check_stream
 
 PARAMETERIZATIONS = ("layer", "neuron", "weight", "additive", "variance")
-LRT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-EPSILON = 1e-16  # inside the square root
-
-# ---- lrt_sample ----------------------------------------------------------------------------------------------------
-
-
-@without_autocast
-def lrt_sample_reference(mean, var, seed, row_offset=0, col_offset=0, sample=0):
-    """``mean + sqrt(max(var, 0) + 1e-16) eps`` for mean, var ``[M, O]``, in mean's dtype."""
-    wide = torch.promote_types(mean.dtype, torch.float32)
-    rows, cols = mean.shape
-    eps = torch.ops.losssurf_fast.philox_normal.default(seed, rows, cols, row_offset, col_offset, sample, wide)
-    return (mean.to(wide) + torch.sqrt(var.to(wide).clamp(min=0) + EPSILON) * eps).to(mean.dtype)
-
-
-def lrt_sample_backward_reference(grad, var, seed, row_offset=0, col_offset=0, sample=0):
-    """Gradient to var ``[M, O]`` in its dtype: ``grad eps / (2 sqrt(var + 1e-16))``, 0 where var < 0.
-
-    Saturates where grad is finite: 5e7 ``|grad eps|`` at var = 0 must stay finite in fp16.
-    """
-    wide = torch.promote_types(var.dtype, torch.float32)
-    rows, cols = var.shape
-    eps = torch.ops.losssurf_fast.philox_normal.default(seed, rows, cols, row_offset, col_offset, sample, wide)
-    v = var.to(wide)
-    grad_var = grad.to(wide) * eps * 0.5 / torch.sqrt(v.clamp(min=0) + EPSILON)
-    limit = torch.finfo(var.dtype).max
-    overflowed = grad.to(wide) - grad.to(wide)  # NaN where grad is not finite, else 0
-    return torch.where(v < 0, 0.0, grad_var.clamp(-limit, limit) + overflowed).to(var.dtype)
-
-
-define(
-    "lrt_sample(Tensor mean, Tensor var, Tensor seed, SymInt row_offset=0, SymInt col_offset=0, SymInt sample=0) "
-    "-> Tensor",
-    reference=lrt_sample_reference,
-    fake=lambda mean, var, seed, row_offset=0, col_offset=0, sample=0: mean.new_empty(mean.shape),
-)
-define(
-    "lrt_sample_backward(Tensor grad, Tensor var, Tensor seed, SymInt row_offset=0, SymInt col_offset=0, "
-    "SymInt sample=0) -> Tensor",
-    reference=lrt_sample_backward_reference,
-    fake=lambda grad, var, seed, row_offset=0, col_offset=0, sample=0: var.new_empty(var.shape),
-)
-
-
-def _lrt_sample_setup(ctx, inputs, output):
-    mean, var, seed, *ctx.place = inputs
-    ctx.save_for_backward(mean, var, seed)
-
-
-def _lrt_sample_autograd(ctx, grad):
-    mean, var, seed = ctx.saved_tensors
-    if torch.is_grad_enabled():  # double backward
-        needed = ctx.needs_input_grad[:2]
-        formula = lambda mean, var: lrt_sample_reference(mean, var, seed, *ctx.place)
-        grads = composite_backward(formula, (mean, var), grad, needed)
-        return (*grads, None, None, None, None)
-    grad_var = None
-    if ctx.needs_input_grad[1]:
-        grad_var = torch.ops.losssurf_fast.lrt_sample_backward.default(grad, var, seed, *ctx.place)
-    return grad, grad_var, None, None, None, None
-
-
-register_autograd("lrt_sample", _lrt_sample_autograd, _lrt_sample_setup)
-
-
-def lrt_sample(
-    mean: torch.Tensor,
-    var: torch.Tensor,
-    seed: int | torch.Tensor | None = None,
-    *,
-    spatial_dims: int = 0,
-    row_offset: int = 0,
-    col_offset: int = 0,
-    sample: int = 0,
-) -> torch.Tensor:
-    """Draw from N(mean, var) elementwise, differentiably in both: ``mean + sqrt(max(var, 0) + 1e-16) eps``.
-
-    Args:
-        mean: ``[..., O]`` in float64, float32, bfloat16 or float16; the result has its shape and dtype.
-        var: broadcastable to mean; mean's dtype, or float32 beside a half-precision mean. Negative values count as 0.
-        seed: int or 0-d int64 tensor; drawn from the default generator if None.
-        spatial_dims: how many trailing sizes are flattened into noise columns, as for a convolution's output
-            ``[N, C, *spatial]``; 0 and 1 both mean the last size alone.
-        row_offset, col_offset, sample: position of the noise, see ``ops/noise.py``.
-
-    Raises:
-        TypeError, ValueError: dtypes, shapes, seed or offsets are not as above.
-    """
-    name = "lrt_sample"
-    if not isinstance(mean, torch.Tensor):
-        raise TypeError(f"{name}: mean must be a tensor, got {type(mean).__name__}")
-    if mean.dtype not in LRT_DTYPES:
-        raise TypeError(f"{name}: mean must have one of the dtypes {LRT_DTYPES}, got {mean.dtype}")
-    check_companion(name, "var", var, "mean", mean)
-    try:
-        var = var.expand_as(mean)
-    except RuntimeError:
-        raise ValueError(
-            f"{name}: var must broadcast to mean's shape {tuple(mean.shape)}, got {tuple(var.shape)}"
-        ) from None
-    if not isinstance(spatial_dims, int) or isinstance(spatial_dims, bool):
-        raise TypeError(f"{name}: spatial_dims must be an int, got {type(spatial_dims).__name__}")
-    if not 0 <= spatial_dims <= mean.dim():
-        raise ValueError(f"{name}: spatial_dims must lie in [0, {mean.dim()}], got {spatial_dims}")
-    leading = mean.dim() - max(spatial_dims, min(1, mean.dim()))
-    rows, cols = math.prod(mean.shape[:leading]), math.prod(mean.shape[leading:])
-    check_stream(name, row_offset, col_offset, sample, cols)
-    seed = as_seed(name, seed, mean.device)
-    formula = lrt_sample_reference if composite_needed() else torch.ops.losssurf_fast.lrt_sample.default
-    y = formula(mean.reshape(rows, cols), var.reshape(rows, cols), seed, row_offset, col_offset, sample)
-    return y.view(mean.shape)
-
-
-def check_companion(name: str, argument: str, tensor, main_name: str, main: torch.Tensor) -> None:
-    """``tensor`` must be a tensor on ``main``'s device, in its dtype or in float32 beside a half-precision one."""
-    if not isinstance(tensor, torch.Tensor):
-        raise TypeError(f"{name}: {argument} must be a tensor, got {type(tensor).__name__}")
-    if tensor.device != main.device:
-        raise ValueError(f"{name}: {argument} must be on {main_name}'s device {main.device}, got {tensor.device}")
-    half = main.dtype in (torch.bfloat16, torch.float16)
-    if tensor.dtype != main.dtype and not (half and tensor.dtype == torch.float32):
-        wanted = f"{main.dtype} or torch.float32" if half else f"{main.dtype}"
-        raise TypeError(f"{name}: {argument} must be {wanted} beside {main_name} in {main.dtype}, got {tensor.dtype}")
-
 
 # ---- lrt_linear ----------------------------------------------------------------------------------------------------
 

@@ -24,11 +24,8 @@ import math
 import torch
 
 from losssurf_fast._library import define, register_autograd, second_order, without_autocast
-from losssurf_fast.ops.lrt import (
-    EPSILON,
-    operand_dtype,
-    variance_operand,
-)
+from losssurf_fast.ops.lrt import operand_dtype, variance_operand
+from losssurf_fast.ops.lrt_sample import EPSILON, sample_noise
 
 # ---- reference -----------------------------------------------------------------------------------------------------
 
@@ -36,10 +33,8 @@ from losssurf_fast.ops.lrt import (
 def channel_noise(shape, seed, row_offset, channels_total, sample, dtype) -> torch.Tensor:
     """Noise of an output ``[N, O, *S]`` whose channels are rows ``row_offset + n channels_total + channel``."""
     batch, channels, *spatial = shape
-    positions = math.prod(spatial)
-    rows = batch * channels_total
-    eps = torch.ops.losssurf_fast.philox_normal.default(seed, rows, positions, row_offset, 0, sample, dtype)
-    return eps.view(batch, channels_total, positions)[:, :channels].reshape(shape)
+    matrix = (batch * channels, math.prod(spatial))
+    return sample_noise(matrix, seed, row_offset, 0, sample, channels, channels_total, dtype).view(shape)
 
 
 def _per_channel(t: torch.Tensor, dims: int) -> torch.Tensor:
@@ -165,26 +160,7 @@ define(
 )
 
 
-def _lrt_conv_setup(ctx, inputs, output):
-    x, weight, scale, bias, seed, ctx.parameterization, *ctx.geometry = inputs
-    ctx.save_for_backward(x, weight, scale, output[1], seed)
-    ctx.bias_dtype = None if bias is None else bias.dtype
-    ctx.mark_non_differentiable(output[1])
-
-
-def _lrt_conv_autograd(ctx, grad, _):
-    x, weight, scale, var, seed = ctx.saved_tensors
-    has_bias, needed = ctx.bias_dtype is not None, ctx.needs_input_grad[:4]
-    grads = torch.ops.losssurf_fast.lrt_conv_backward.default(
-        grad, x, weight, scale, has_bias, var, seed, ctx.parameterization, list(needed), *ctx.geometry
-    )
-    grads = [g if need else None for g, need in zip(grads, needed, strict=True)]
-    if grads[3] is not None:
-        grads[3] = grads[3].to(ctx.bias_dtype)
-    return (*grads, *[None] * 11)
-
-
-register_autograd("lrt_conv", _lrt_conv_autograd, _lrt_conv_setup)
+# The autograd formula of lrt_conv is csrc/lrt_autograd.cpp; it calls lrt_conv_backward, whose own formula follows.
 
 
 def _lrt_conv_backward_setup(ctx, inputs, output):

@@ -4,8 +4,9 @@ import torch
 from torch.nn import functional as F
 
 from losssurf_fast._library import composite_needed
-from losssurf_fast.ops.lrt import LRT_DTYPES, PARAMETERIZATIONS, check_companion
+from losssurf_fast.ops.lrt import PARAMETERIZATIONS
 from losssurf_fast.ops.lrt_conv import lrt_conv_reference
+from losssurf_fast.ops.lrt_sample import LRT_DTYPES, check_channels, check_companion
 from losssurf_fast.ops.noise import as_seed, check_stream
 
 
@@ -84,11 +85,7 @@ def _lrt_conv(
     elif isinstance(padding, str):
         raise ValueError(f"{name}: padding must be 'same', 'valid' or ints, got {padding!r}")
     padding = _tuple(name, "padding", padding, dims)
-    total = outputs if channels_total is None else channels_total
-    if not 0 <= channel_offset <= total - outputs:
-        raise ValueError(
-            f"{name}: channel_offset must lie in [0, channels_total - {outputs}], got {channel_offset} of {total}"
-        )
+    total = check_channels(name, outputs, channels_total, channel_offset)
     check_stream(name, row_offset, 0, sample, 0)
     seed = as_seed(name, seed, x.device)
     formula = lrt_conv_reference if composite_needed() else torch.ops.losssurf_fast.lrt_conv.default
