@@ -116,9 +116,15 @@ class LRTLayer(StochasticLayer):
         Pass it through ``torch.utils.checkpoint`` where that is told not to preserve the generator's state. Inside
         ``with lsf.sample_weights(model):`` the weights are drawn already and no other noise is.
         """
+        return self.respond(input, seed)
+
+    def respond(self, input: torch.Tensor, seed: int | torch.Tensor | None, **geometry) -> torch.Tensor:
+        """A draw or the mean; ``geometry`` is what a layer's own forward tells its :meth:`local` and :meth:`plain`."""
         if self.drawn is not None:
-            return self.plain(input, self.drawn["weight"])
-        return sample_output(self, input, seed) if self.draws_noise else self.plain(input, self.weight)
+            return self.plain(input, self.drawn["weight"], **geometry)
+        if self.draws_noise:
+            return sample_output(self, input, seed, **geometry)
+        return self.plain(input, self.weight, **geometry)
 
     def plain(self, input: torch.Tensor, weight: torch.Tensor | None, with_bias: bool = True) -> torch.Tensor:
         """The torch layer's output with ``weight``, which has the weight's shape; None stands for zeros."""

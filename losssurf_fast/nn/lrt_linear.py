@@ -71,11 +71,7 @@ class LRTLinear(LRTLayer, nn.Linear):
         check_activations(input)
         if weight is None:
             return self._bias_alone(input)
-        bias = self.bias if with_bias else None
-        if input.dtype in _HALF:  # float32 parameters beside half-precision activations, as in lrt_linear
-            weight = weight.to(input.dtype)
-            bias = bias if bias is None else bias.to(input.dtype)
-        return F.linear(input, weight, bias)
+        return F.linear(input, *in_dtype_of(input, weight, self.bias if with_bias else None))
 
     def _bias_alone(self, input: torch.Tensor) -> torch.Tensor:
         device = input.device.type
@@ -84,3 +80,12 @@ class LRTLinear(LRTLayer, nn.Linear):
         check_parameters(input, None, self.scale, self.bias, self.parameterization)  # nothing else would complain
         out = input.new_zeros(*input.shape[:-1], self.out_features)
         return out if self.bias is None else out + self.bias.to(input.dtype)
+
+
+def in_dtype_of(
+    input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Parameters for the library: float32 ones beside half-precision activations, as in lrt_linear, are cast."""
+    if input.dtype not in _HALF:
+        return weight, bias
+    return weight.to(input.dtype), None if bias is None else bias.to(input.dtype)

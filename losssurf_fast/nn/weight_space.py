@@ -53,26 +53,26 @@ def _operands(posterior) -> tuple[torch.Tensor, str]:
     return scale, parameterization
 
 
-def sample_output(layer, input: torch.Tensor, seed: int | torch.Tensor | None) -> torch.Tensor:
+def sample_output(layer, input: torch.Tensor, seed: int | torch.Tensor | None, **geometry) -> torch.Tensor:
     """A draw of the output of an ``LRTLayer`` with one Gaussian tensor, as its ``sampling`` says."""
     if layer.sampling == "local":
-        return layer.local(input, seed)
+        return layer.local(input, seed, **geometry)
     check_sampling(type(layer).__name__, layer.sampling)
     seed = as_seed(type(layer).__name__, seed, layer.scale.device)
     (posterior,) = layer.posteriors()
     if layer.sampling == "weights":
         (weight,), _ = draw_posteriors([posterior], seed)
-        return layer.plain(input, weight)
-    return _flipout(layer, posterior, input, seed)
+        return layer.plain(input, weight, **geometry)
+    return _flipout(layer, posterior, input, seed, **geometry)
 
 
-def _flipout(layer, posterior, input: torch.Tensor, seed: torch.Tensor) -> torch.Tensor:
+def _flipout(layer, posterior, input: torch.Tensor, seed: torch.Tensor, **geometry) -> torch.Tensor:
     # As the noise of means of 0: a difference of drawn and mean weights would round.
     (noise,), _ = ops.gaussian_weights([None], [posterior.log_sigma2()], ["variance"], seed)
     channels = 1 - noise.dim()  # the channels' dimension, of a batch or a single sample
     turned = input * _signs(input, channels, seed, 1) if input.is_floating_point() else input
-    deviation = layer.plain(turned, noise, with_bias=False)
-    return layer.plain(input, posterior.weight) + deviation * _signs(deviation, channels, seed, 2)
+    deviation = layer.plain(turned, noise, with_bias=False, **geometry)
+    return layer.plain(input, posterior.weight, **geometry) + deviation * _signs(deviation, channels, seed, 2)
 
 
 def _signs(like: torch.Tensor, channels: int, seed: torch.Tensor, sample: int) -> torch.Tensor:
