@@ -283,3 +283,18 @@ def test_gaussian_weights_saves_parameters_and_seed_alone():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.data_ptr()) or t, lambda t: t):
         ops.gaussian_weights(weights, scales, ["additive"] * 2, SEED, prior="normal")
     assert set(saved) == {t.data_ptr() for t in (*weights, *scales, SEED)}
+
+
+@pytest.mark.parametrize("prior", ["none", "normal", "ard"])
+@pytest.mark.parametrize("parameterization", ["neuron", "additive", "variance"])
+def test_gaussian_weights_batched_and_second_gradients(parameterization, prior):
+    weights, scales = sample(parameterization, (3, 4), F64)
+    leaves = [t.clone().requires_grad_() for t in (*weights, *scales)]
+    drawn, _ = OP.gaussian_weights(leaves[: len(weights)], leaves[-1:], *arguments(parameterization, prior))
+    grads = torch.randn(2, 3, 4, dtype=F64)
+    batch = torch.autograd.grad(drawn, leaves, [grads], is_grads_batched=True, retain_graph=True)
+    for i, grad in enumerate(grads):
+        single = torch.autograd.grad(drawn, leaves, grad, create_graph=True)
+        for ours, theirs in zip(batch, single, strict=True):
+            torch.testing.assert_close(ours[i], theirs)
+    assert single[-1].requires_grad
