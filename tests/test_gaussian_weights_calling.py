@@ -9,7 +9,7 @@ from test_gaussian_weights import OP, SEED, sample
 
 import losssurf_fast as lsf
 from losssurf_fast import ops
-from losssurf_fast.ops import gaussian_weights as family
+from losssurf_fast.ops.gaussian_weights import PRIORS
 from losssurf_fast.ops.lrt import PARAMETERIZATIONS
 
 
@@ -26,7 +26,7 @@ def call(tensors, prior="normal"):
 
 
 @pytest.mark.parametrize("grad", [False, True])
-@pytest.mark.parametrize("prior", family.PRIORS)
+@pytest.mark.parametrize("prior", PRIORS)
 def test_gaussian_weights_opcheck(prior, grad):
     for dtype in (F32, BF16):
         weights, scales = whole_list(dtype)

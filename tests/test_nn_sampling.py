@@ -181,3 +181,45 @@ def test_predict_with_many_draws_in_a_call_needs_local_sampling(sampling):
     assert lsf.predict(model, torch.randn(4, 7), num_samples=4).shape == (4, 3)
     with pytest.raises(ValueError, match=f"predict: draws_per_call=2 needs .* 'local', got {sampling!r}"):
         lsf.predict(model, torch.randn(4, 7), num_samples=4, draws_per_call=2)
+
+
+# ---- convolutions ---------------------------------------------------------------------------------------------------
+
+CONVOLUTIONS = {
+    "conv2d": lambda p: (lsf.nn.LRTConv2d(4, 6, 3, padding=1, groups=2, parameterization=p), (3, 4, 5, 5)),
+    "conv1d, no batch": lambda p: (lsf.nn.LRTConv1d(4, 6, 3, parameterization=p), (4, 7)),
+    "transposed": lambda p: (lsf.nn.LRTConvTranspose2d(4, 6, 3, groups=2, parameterization=p), (3, 4, 5, 5)),
+    "transposed, one group": lambda p: (lsf.nn.LRTConvTranspose1d(4, 6, 3, parameterization=p), (3, 4, 5)),
+}
+
+
+@pytest.mark.parametrize("parameterization", PARAMETERIZATIONS)
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_sampling_of_convolutions(name, parameterization):
+    """Both ways and an installed draw, against the layer's own plain output."""
+    layer, shape = CONVOLUTIONS[name](parameterization)
+    nn.init.normal_(layer.scale, -1.0, 0.5)
+    x, batch = torch.randn(shape), shape[0] if name != "conv1d, no batch" else 1
+    spatial = [1] * (len(layer.posteriors()[0].shape) - 2)
+    with lsf.sample_weights(layer, 11, prior=None) as draw:
+        installed = layer(x)
+    weight = draw.weights["weight"]
+    torch.testing.assert_close(installed, layer.plain(x, weight))
+    layer.sampling = "weights"
+    torch.testing.assert_close(layer(x, seed=11), installed)
+    layer.sampling = "flipout"
+    (posterior,) = layer.posteriors()
+    noise = lsf.ops.philox_normal(posterior.shape.numel(), 11).view(posterior.shape)
+    noise = noise * (0.5 * posterior.log_sigma2()).exp()
+    mean = layer.plain(x, layer.weight)
+    turn = lambda t, channels, sample: t * signs(batch, channels, 11, sample).view(batch, channels, *spatial)
+    deviation = layer.plain(turn(x, 4, 1).view(shape), noise, with_bias=False)
+    torch.testing.assert_close(layer(x, seed=11), mean + turn(deviation, 6, 2).view(mean.shape))
+
+
+@pytest.mark.parametrize("parameterization", PARAMETERIZATIONS)
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_sample_weights_kl_of_convolutions(name, parameterization):
+    layer, _ = CONVOLUTIONS[name](parameterization)
+    for prior in ("normal", "log_uniform", "ard"):
+        torch.testing.assert_close(lsf.sample_weights(layer, prior=prior).kl, lsf.kl_divergence(layer, prior))

@@ -31,6 +31,7 @@ struct Entry {
   int64_t numel() const { return like().numel(); }
   const Tensor& like() const { return weight.defined() ? weight : scale; }
   bool wide() const { return scale.scalar_type() == at::kDouble; }
+  int64_t covered() const { return numel() / std::max<int64_t>(1, scale.numel()); }  // weights of an element of scale
   bool shared() const { return parameterization == "layer" || parameterization == "neuron"; }
 };
 
@@ -70,7 +71,7 @@ std::vector<Entry> entries_of(at::TensorList weights, at::TensorList scales, con
                      "gaussian_weights: weights and scales must both be float64 or neither");
     GaussianTensor& view = entry.view;
     view.noise = noise_stream(seed, row_offset + static_cast<int64_t>(i), 0, sample);
-    view.run = std::max<int64_t>(1, entry.shared() ? numel / std::max<int64_t>(1, elements) : 1);
+    view.run = std::max<int64_t>(1, entry.covered());
     view.multiplicative = entry.weight.defined() && entry.parameterization != "additive";
     // Where it is a function of log_alpha, elements that weights share have their KL taken once (shared_kl), and
     // means of 0 have none.
@@ -104,7 +105,9 @@ struct DoublePiece {
 
   DoublePiece(const Entry& entry, int64_t begin, int64_t n) {
     float noise[kChunk];
-    kernels().philox_normal(entry.view.noise, Tile{0, 1, begin, n}, Matrix{noise, n, DType::f32});
+    NoiseStream stream = entry.view.noise;
+    stream.col_offset += begin;
+    kernels().philox_normal(stream, Tile{0, 1, 0, n}, Matrix{noise, n, DType::f32});
     const double* scale = entry.scale.const_data_ptr<double>();
     weight = entry.weight.defined() ? entry.weight.const_data_ptr<double>() + begin : nullptr;
     for (int64_t i = 0; i < n; ++i) {
@@ -191,12 +194,12 @@ std::tuple<std::vector<Tensor>, Tensor> gaussian_weights_cpu(
     const auto [index, begin, n] = chunk;
     const Entry& entry = entries[index];
     if (entry.wide()) sums[i] = draw_double(entry, prior_std, begin, n, out[index].data_ptr<double>() + begin);
-    else sums[i] = kernel(entry.view, begin, n, array_of(out[index], begin));
+    else sums[i] = kernel(entry.view, begin, n, array_of(out[index], 0));
   });
   double total = 0;  // in the order of the chunks: the same bits for any number of threads
   for (const double sum : sums) total += sum;
   for (const Entry& entry : entries)
-    if (has_shared_kl(entry, prior)) total += entry.view.run * shared_kl(entry, prior, nullptr);
+    if (has_shared_kl(entry, prior)) total += entry.covered() * shared_kl(entry, prior, nullptr);
   const bool wide = std::any_of(entries.begin(), entries.end(), [](const Entry& entry) { return entry.wide(); });
   const Tensor kl = at::empty({}, seed.options().dtype(wide ? at::kDouble : at::kFloat));
   if (wide) *kl.data_ptr<double>() = total;
@@ -210,7 +213,7 @@ void finish_shared(const Entry& entry, const PriorOf& prior, double grad_kl, std
   if (has_shared_kl(entry, prior)) {
     std::vector<double> slopes;
     shared_kl(entry, prior, &slopes);
-    for (size_t i = 0; i < sums.size(); ++i) sums[i] += grad_kl * entry.view.run * slopes[i];
+    for (size_t i = 0; i < sums.size(); ++i) sums[i] += grad_kl * entry.covered() * slopes[i];
   }
   Tensor wide = at::empty({static_cast<int64_t>(sums.size())}, out.options().dtype(at::kDouble));
   std::copy(sums.begin(), sums.end(), wide.data_ptr<double>());
@@ -279,9 +282,8 @@ std::vector<Tensor> gaussian_weights_backward_cpu(
                       to_weight.defined() ? to_weight.data_ptr<double>() + begin : nullptr,
                       own ? to_scale.data_ptr<double>() + begin : nullptr, chunk_sums);
     else
-      kernel(entry.view, begin, n, array_of(grads[index], begin), static_cast<float>(grad_kl),
-             to_weight.defined() ? array_of(to_weight, begin) : Array{}, own ? array_of(to_scale, begin) : Array{},
-             chunk_sums);
+      kernel(entry.view, begin, n, array_of(grads[index], 0), static_cast<float>(grad_kl),
+             to_weight.defined() ? array_of(to_weight, 0) : Array{}, own ? array_of(to_scale, 0) : Array{}, chunk_sums);
   });
 
   // In the order of the chunks.

@@ -6,7 +6,7 @@
 
 namespace {
 
-constexpr ptrdiff_t kGaussianPiece = kTile / 2;
+constexpr ptrdiff_t kGaussianPiece = kTile;
 constexpr float kLeastWeight = 0x1p-63f;  // in magnitude: log_sigma2 of a smaller weight is that of this one
 
 // What a pass reads of one piece, in fp32.
