@@ -34,6 +34,7 @@ from losssurf_fast.prediction import predict, prediction
 from losssurf_fast.sparsity import SparsityReport, bake_pruning, prune, pruning_masks, sparsity_report
 from losssurf_fast.surface import Line, Plane, Rays, Surface, line, rays
 from losssurf_fast.uncertainty import UncertaintyMetrics, UncertaintyReport, evaluate_uncertainty
+from losssurf_fast.weight_sampling import WeightSample, sample_weights, set_sampling
 
 __version__ = "0.1.0"
 __all__ = [
@@ -56,6 +57,7 @@ __all__ = [
     "Surface",
     "UncertaintyMetrics",
     "UncertaintyReport",
+    "WeightSample",
     "auto_neb",
     "averaged_weights",
     "bake_pruning",
@@ -72,6 +74,8 @@ __all__ = [
     "prune",
     "pruning_masks",
     "rays",
+    "sample_weights",
+    "set_sampling",
     "sparsity_report",
     "to_lrt",
     "update_bn",
