@@ -142,7 +142,7 @@ def prune(model: nn.Module, threshold: float = THRESHOLD) -> nn.Module:
 
     In the state_dict ``<layer>.weight`` becomes ``<layer>.parametrizations.weight.original`` and ``....weight.0.kept``,
     the mask. To load it, prune the new model first: whatever is in it, all layers with means get a mask.
-    :func:`bake_pruning` makes plain parameters of them again.
+    :func:`bake_pruning` makes plain parameters of them again, which ``lsf.from_lrt`` needs.
 
     The KL from the log-uniform or ARD prior leaves pruned weights out where they are "additive", and counts next to
     nothing for others; that from a normal prior holds a constant for each.

@@ -111,6 +111,15 @@ def test_report_counts_dead_channels_of_grouped_convolutions(dims):
     assert report.pruned == 2 * kernel + 3 * kernel + (kernel - 1) + 2
 
 
+def test_report_counts_dead_channels_of_transposed_convolutions():
+    """Their weight is [inputs, outputs / groups, ...]: rows are inputs."""
+    layer = lsf.nn.LRTConvTranspose2d(4, 6, 3, groups=2, parameterization="weight", init_log_alpha=-5.0)
+    with torch.no_grad():
+        layer.log_alpha[0] = layer.log_alpha[2:, 1:] = 10.0  # input 0; outputs 4 and 5
+    report = lsf.sparsity_report(layer).layers["weight"]
+    assert (report.outputs, report.dead_outputs, report.inputs, report.dead_inputs) == (6, 2, 4, 1)
+
+
 @pytest.mark.parametrize("parameterization", WITH_MEANS)
 def test_pruned_convolutions_are_those_with_zeros(parameterization):
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3, groups=2))
