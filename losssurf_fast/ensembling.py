@@ -58,22 +58,18 @@ class OnlineEnsemble:
         members, *shape = log_probs.shape
         if not shape or not members:
             raise ValueError(f"{name}: stacked logits must be [members, ..., classes], got {tuple(log_probs.shape)}")
-        if self._log_sum is not None and (self._log_sum.shape, self._log_sum.device) != (
-            torch.Size(shape), log_probs.device
-        ):  # fmt: skip
-            wanted = f"{tuple(self._log_sum.shape)} on {self._log_sum.device}"
-            raise ValueError(f"{name}: logits must be {wanted} as before, got {tuple(shape)} on {log_probs.device}")
+        before = self._log_sum
+        if before is not None and (before.shape != torch.Size(shape) or before.device != log_probs.device):
+            wanted, got = f"{tuple(before.shape)} on {before.device}", f"{tuple(shape)} on {log_probs.device}"
+            raise ValueError(f"{name}: logits must be {wanted} as before, got {got}")
         self._dtype = self._dtype or log_probs.dtype
-        for member in log_probs.double():
-            self._add(member)
-
-    def _add(self, log_probs: torch.Tensor) -> None:
-        first = self._log_sum is None
-        self._log_sum = log_probs if first else torch.logaddexp(self._log_sum, log_probs)
+        log_probs = log_probs.double()
+        log_sum = log_probs[0] if members == 1 else log_probs.logsumexp(0)
+        self._log_sum = log_sum if before is None else torch.logaddexp(before, log_sum)
         if self._with_entropies:
-            entropies = entropy(log_probs)
-            self._entropies = entropies if first else self._entropies + entropies
-        self.num_members += 1
+            entropies = entropy(log_probs).sum(0)
+            self._entropies = entropies if before is None else self._entropies + entropies
+        self.num_members += members
 
     @property
     def log_probs(self) -> torch.Tensor:

@@ -114,7 +114,7 @@ def sparsity_report(model: nn.Module, threshold: float = THRESHOLD) -> SparsityR
         if posterior.weight is None:
             left[name] = "a variance layer has no means"
         else:
-            layers[name] = _layer_sparsity(layer, posterior, _kept("sparsity_report", name, posterior, threshold))
+            layers[name] = _layer_sparsity(layer, _kept("sparsity_report", name, posterior, threshold))
     return SparsityReport(threshold, layers, left)
 
 
@@ -142,7 +142,7 @@ def prune(model: nn.Module, threshold: float = THRESHOLD) -> nn.Module:
 
     In the state_dict ``<layer>.weight`` becomes ``<layer>.parametrizations.weight.original`` and ``....weight.0.kept``,
     the mask. To load it, prune the new model first: whatever is in it, all layers with means get a mask.
-    :func:`bake_pruning` makes plain parameters of them again.
+    :func:`bake_pruning` makes plain parameters of them again, which ``lsf.from_lrt`` needs.
 
     The KL from the log-uniform or ARD prior leaves pruned weights out where they are "additive", and counts next to
     nothing for others; that from a normal prior holds a constant for each.
@@ -241,20 +241,19 @@ def _kept(caller: str, name: str, posterior: Posterior, threshold: float) -> tor
     return (weight != 0) & (log_alpha <= threshold)
 
 
-def _layer_sparsity(layer: LRTLayer, posterior: Posterior, kept: torch.Tensor) -> LayerSparsity:
-    shape, here = kept.shape, kept.device
-    transposed, groups = getattr(layer, "transposed", False), getattr(layer, "groups", 1)
-    along = lambda dim: torch.arange(shape[dim], device=here).view(*[-1 if d == dim else 1 for d in range(len(shape))])
-    first, second = along(0), along(1)
-    if transposed:  # [I, O/groups, ...]
-        inputs, outputs = first, second + first // max(shape[0] // groups, 1) * shape[1]
-        sizes = shape[1] * groups, shape[0]
-    else:  # [O, I/groups, ...]
-        outputs, inputs = first, second + first // max(shape[0] // groups, 1) * shape[1]
-        sizes = shape[0], shape[1] * groups
-    alive = [feature.expand(shape)[kept].unique().numel() for feature in (outputs, inputs)]
-    dead = [size - n for size, n in zip(sizes, alive, strict=True)]
-    return LayerSparsity(kept.numel(), int((~kept).sum()), sizes[0], dead[0], sizes[1], dead[1])
+def _layer_sparsity(layer: LRTLayer, kept: torch.Tensor) -> LayerSparsity:
+    """Of a weight [O, I/groups, ...], or [I, O/groups, ...] in transposed convolutions and embeddings."""
+    groups = getattr(layer, "groups", 1)
+    rows, columns = kept.shape[0], kept.shape[1] * groups
+    row = torch.arange(rows, device=kept.device)[:, None]
+    group = row // max(rows // groups, 1)
+    column = group * kept.shape[1] + torch.arange(kept.shape[1], device=kept.device)
+    alive = kept.flatten(2).any(2) if kept.dim() > 2 else kept  # [rows, columns / groups]
+    dead = [size - index.expand_as(alive)[alive].unique().numel() for size, index in ((rows, row), (columns, column))]
+    features = [(rows, dead[0]), (columns, dead[1])]  # outputs, inputs
+    if getattr(layer, "transposed", isinstance(layer, nn.Embedding)):
+        features.reverse()
+    return LayerSparsity(kept.numel(), int((~kept).sum()), *features[0], *features[1])
 
 
 def _check_threshold(caller: str, threshold: float) -> float:

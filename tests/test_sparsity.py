@@ -96,6 +96,49 @@ def test_report_counts_dead_features():
     assert (report.dead_outputs, report.dead_inputs, report.pruned) == (2, 1, 9)
 
 
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_report_counts_dead_channels_of_grouped_convolutions(dims):
+    """Two groups of 3 outputs and 2 inputs each: input 2 + j is column j of the outputs 3, 4 and 5."""
+    kind = (lsf.nn.LRTConv1d, lsf.nn.LRTConv2d, lsf.nn.LRTConv3d)[dims - 1]
+    layer = kind(4, 6, 3, groups=2, parameterization="weight", init_log_alpha=-5.0)
+    with torch.no_grad():
+        layer.log_alpha[0] = layer.log_alpha[3:, 1] = 10.0
+        layer.log_alpha[5, 0].view(-1)[1:] = 10.0  # one weight is left
+        layer.log_alpha[:3, 0].view(3, -1)[:, 0] = 10.0
+    report = lsf.sparsity_report(layer).layers["weight"]
+    assert (report.outputs, report.dead_outputs, report.inputs, report.dead_inputs) == (6, 1, 4, 1)
+    kernel = 3**dims
+    assert report.pruned == 2 * kernel + 3 * kernel + (kernel - 1) + 2
+
+
+def test_report_counts_dead_channels_of_transposed_convolutions():
+    """Their weight is [inputs, outputs / groups, ...]: rows are inputs."""
+    layer = lsf.nn.LRTConvTranspose2d(4, 6, 3, groups=2, parameterization="weight", init_log_alpha=-5.0)
+    with torch.no_grad():
+        layer.log_alpha[0] = layer.log_alpha[2:, 1:] = 10.0  # input 0; outputs 4 and 5
+    report = lsf.sparsity_report(layer).layers["weight"]
+    assert (report.outputs, report.dead_outputs, report.inputs, report.dead_inputs) == (6, 2, 4, 1)
+
+
+@pytest.mark.parametrize("parameterization", WITH_MEANS)
+def test_pruned_convolutions_are_those_with_zeros(parameterization):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3, groups=2))
+    lsf.to_lrt(model, parameterization)
+    with torch.no_grad():
+        for layer in (model[0], model[2]):
+            layer.scale.add_(8 + (4 if layer.scale.numel() > 1 else 1) * torch.randn_like(layer.scale).abs())
+    weight, (first, last) = model[0].weight.detach().clone(), lsf.pruning_masks(model).values()
+    x, plain = torch.randn(2, 3, 9, 9), nn.Conv2d(3, 4, 3)
+    plain.load_state_dict({"weight": weight * first, "bias": model[0].bias})
+    lsf.prune(model)
+    assert (~first).any() and first.shape == (4, 3, 3, 3) and last.shape == (4, 2, 3, 3)
+    torch.testing.assert_close(lsf.sparsity_report(model).pruned, int((~first).sum() + (~last).sum()))
+    with lsf.prediction(model, "deterministic"):
+        torch.testing.assert_close(model[0](x), plain(x))
+    dead = ~first.flatten(1).any(1)
+    torch.testing.assert_close(draws(model[0], x)[:, dead], plain(x)[:, dead])
+
+
 def test_report_prints_in_72_columns():
     model = nn.Sequential(nn.ModuleDict({"a_block_with_a_long_name": nn.Linear(300, 200)}), lsf.nn.LRTLinear(200, 3))
     lsf.to_lrt(model, include="0.*")
