@@ -34,23 +34,23 @@ def table(results: list[Result]) -> str:
     return "\n".join([line(*COLUMNS), "-" * 52, *(line(*row) for row in rows(results))])
 
 
-def prepare_folder(folder: Path, names: Iterable[str]) -> None:
-    """Make ``folder``, so that nothing is in the way of the pictures ``names`` once the training is done.
+def prepare_folder(folder: Path, names: Iterable[str], caller: str = "demo") -> None:
+    """Make ``folder``, so that nothing is in the way of the files ``names`` once the training is done.
 
     Raises:
-        SystemExit: the pictures cannot be saved there.
+        SystemExit: the files cannot be saved there; the message begins with ``caller``.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
-        raise SystemExit(f"demo: --out must be a folder, {folder} is none") from None
+        raise SystemExit(f"{caller}: --out must be a folder, {folder} is none") from None
     except OSError as error:
-        raise SystemExit(f"demo: --out {folder} cannot be made: {error.strerror}") from None
+        raise SystemExit(f"{caller}: --out {folder} cannot be made: {error.strerror}") from None
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise SystemExit(f"demo: --out {folder} cannot be written to")
+        raise SystemExit(f"{caller}: --out {folder} cannot be written to")
     for name in names:
         if (folder / name).is_dir():
-            raise SystemExit(f"demo: {name} in --out {folder} must be a file, it is a folder")
+            raise SystemExit(f"{caller}: {name} in --out {folder} must be a file, it is a folder")
 
 
 def save_pictures(folder: Path, figures: dict) -> list[Path]:
