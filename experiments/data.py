@@ -148,7 +148,7 @@ class Batches:
 
 
 def shifted(x: torch.Tensor, shifts: torch.Tensor, mirrored: torch.Tensor) -> torch.Tensor:
-    """Crops ``[N, C, H, W]`` of images padded by zeros, at ``shifts`` ``[2, N]``; those ``mirrored`` ``[N]`` flipped."""
+    """Crops ``[N, C, H, W]`` of images padded by zeros, at ``shifts`` ``[2, N]``, flipped where ``mirrored``."""
     count, _, height, width = x.shape
     shifts, mirrored = shifts.to(x.device), mirrored.to(x.device)
     along = lambda size, shift: torch.arange(size, device=x.device) + shift[:, None]

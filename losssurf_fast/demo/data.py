@@ -1,6 +1,7 @@
 """The demo's data: scikit-learn's bundled digits, or MNIST by way of torchvision."""
 
 import dataclasses
+import importlib
 
 import torch
 
@@ -59,7 +60,7 @@ def torchvision_sets(name: str, root: str | None, caller: str) -> tuple:
     """
     flag = name.lower()
     try:
-        from torchvision import datasets
+        datasets = importlib.import_module("torchvision.datasets")
     except ImportError:
         raise SystemExit(
             f"{caller}: --data {flag} needs torchvision;\npip install torchvision, or use --data digits"
