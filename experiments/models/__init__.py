@@ -6,8 +6,10 @@ from functools import partial
 
 from torch import nn
 
+from experiments.models.lenet5 import LeNet5
 from experiments.models.preresnet import PreResNet
 from experiments.models.vgg import VGG16
+from experiments.models.vgg_like import VGGLike
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,8 +21,12 @@ class Architecture:
 
 
 MODELS = {
+    "lenet5": Architecture(partial(LeNet5, 28), size=28),
+    "lenet5-8x8": Architecture(partial(LeNet5, 8), size=8),
+    "preresnet8": Architecture(partial(PreResNet, 8)),
     "preresnet20": Architecture(partial(PreResNet, 20)),
     "preresnet110": Architecture(partial(PreResNet, 110)),
     "preresnet164": Architecture(partial(PreResNet, 164)),
     "vgg16": Architecture(VGG16, size=32),
+    "vgglike": Architecture(VGGLike),
 }

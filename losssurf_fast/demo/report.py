@@ -94,7 +94,7 @@ def _table_figure(results: list[Result], data: str):
     return figure
 
 
-_COLOURS = {
+COLOURS = {
     "dropout": "#222222", "layer": "#c6dbef", "neuron": "#9ecae1", "weight": "#4292c6", "additive": "#08519c",
     "variance": "#d7301f",
 }  # fmt: skip
@@ -107,7 +107,7 @@ def _training_figure(results: list[Result], chance: float):
         for r in results:
             curve = [100 * value for value in getattr(r, f"curve_{scheme}")]
             strong = r.network in ("dropout", "variance")
-            axes.plot(r.epochs, curve, color=_COLOURS[r.network], lw=2 if strong else 1.4, label=r.network)
+            axes.plot(r.epochs, curve, color=COLOURS[r.network], lw=2 if strong else 1.4, label=r.network)
         axes.axhline(100 * chance, color="#888888", lw=0.8, ls=":")
         axes.set_title(scheme, fontsize=11)
         axes.set_xlabel("epoch")

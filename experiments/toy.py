@@ -1,0 +1,153 @@
+"""The toy problem of variance networks: four Gaussians, told apart by two neurons whose weights have mean zero.
+
+Source: Neklyudov et al., "Variance networks: when expectation does not meet your expectations", ICLR 2019.
+
+    python -m experiments.toy
+    python -m experiments.toy --epochs 21000 --batch-size 2000 --lr 1e-4      the authors' setting
+
+2-100-100-100-100-[2]-100-4 with leaky ReLU, the bracketed layer drawn from N(0, sigma^2): a point is represented by the
+spread of two activations. ``toy_activations.png`` shows draws of them over what the last layers make of each pair, for
+two initializations: the neurons repeat each other, or share the work. ``toy_regions.png`` shows the plane of the
+points: what single draws of the weights answer, each for the whole plane, and what the ensemble and the means do.
+"""
+
+import functools
+
+import torch
+from torch import nn
+
+import losssurf_fast as lsf
+from experiments import command, noise, report, trainer
+from experiments.data import Batches
+from losssurf_fast.figures import finish, new_figure
+
+MEANS = ((3.0, 3.0), (3.0, 10.0), (10.0, 3.0), (10.0, 10.0))
+POINTS = 500  # of each Gaussian, whose covariance is the identity
+PLANE = (-2.0, 15.0)
+DRAWS = 6
+COLOURS = ("#d7301f", "#4292c6", "#41ab5d", "#f0a202")
+DEFAULTS = {
+    "toy": {"model": None, "width": 100, "epochs": 300, "batch_size": 200, "lr": 1e-3},
+    "quick": {"width": 30, "epochs": 30},
+}
+
+
+class ToyNetwork(nn.Module):
+    """2-[width]x4-(2 neurons that draw their weights)-width-4."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        sizes = (2, *(width,) * 4)
+        self.body = nn.Sequential(
+            *(part for i in range(4) for part in (nn.Linear(sizes[i], sizes[i + 1]), nn.LeakyReLU()))
+        )
+        self.neurons = lsf.nn.LRTLinear(width, 2, parameterization="variance")
+        self.head = nn.Sequential(nn.LeakyReLU(), nn.Linear(2, width), nn.LeakyReLU(), nn.Linear(width, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.neurons(self.body(x)))
+
+
+def gaussians(seed: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Points ``[4 * POINTS, 2]`` and the number of the Gaussian that each is from."""
+    noise_of = torch.randn(4, POINTS, 2, generator=torch.Generator().manual_seed(seed))
+    points = (torch.tensor(MEANS)[:, None] + noise_of).flatten(0, 1)
+    return points.to(device), torch.arange(4).repeat_interleave(POINTS).to(device)
+
+
+def fit(setting: command.Setting, seed: int) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = ToyNetwork(setting.width).to(setting.device)
+    optimizer = torch.optim.Adam(model.parameters(), setting.lr)
+    shares = {"shuffle": True, "rank": setting.rank, "world": setting.world}
+    batches = Batches(*gaussians(setting.seed, setting.device), setting.batch_size, **shares)
+    trainer.train(setting, f"toy{seed}", model, batches, optimizer, setting.epochs, seed=seed)
+    return model
+
+
+def procedure(setting: command.Setting) -> report.Result:
+    seeds = (setting.seed, setting.seed + 1)
+    models = {seed: fit(setting, seed) for seed in seeds}
+    x, y = gaussians(setting.seed + 1, setting.device)
+    test = Batches(x, y, 500, rank=setting.rank, world=setting.world)
+    found = {f"seed {seed}": noise.accuracies(setting, model, test, 101) for seed, model in models.items()}
+    text = report.comparison(
+        "Accuracy (%) on new points", noise.SCHEMES, {name: list(row.values()) for name, row in found.items()}, {},
+        data="toy", source="as pictures only; guessing is right in 25 %", digits=1,
+    )  # fmt: skip
+    figures = {
+        "toy_activations.png": activations_figure(models, x, y),
+        "toy_regions.png": regions_figure(models[setting.seed], x, y, setting.seed),
+    }
+    return report.Result(text, {"accuracy": found}, figures)
+
+
+def grid(low: float, high: float, device: torch.device, points: int = 200) -> torch.Tensor:
+    """``[points^2, 2]``, row by row."""
+    axis = torch.linspace(low, high, points, device=device)
+    return torch.cartesian_prod(axis, axis).flip(1)
+
+
+@torch.no_grad()
+def one_draw(model: ToyNetwork, x: torch.Tensor, seed: int) -> torch.Tensor:
+    """Classes of ``x`` for one draw of the weights: local reparameterization would draw other ones for every point."""
+    generator = torch.Generator().manual_seed(seed)
+    sigma = (0.5 * model.neurons.log_sigma2).exp()
+    weight = sigma * torch.randn(sigma.shape, generator=generator).to(sigma.device)
+    return model.head(model.neurons.plain(model.body(x), weight)).argmax(-1)
+
+
+def regions_figure(model: ToyNetwork, x: torch.Tensor, y: torch.Tensor, seed: int):
+    """Classes over the plane for some draws of the weights, for the ensemble, and for the mean weights."""
+    plane = grid(*PLANE, x.device)
+    classes = {f"draw {i + 1}": one_draw(model, plane, seed + i) for i in range(DRAWS)}
+    for name, scheme in (("ensemble of 101", "ensemble"), ("mean weights", "deterministic")):
+        classes[name] = lsf.predict(model, plane, scheme, 101, seed=seed).argmax(-1)
+    figure = new_figure(9.6, 5.2)
+    for axes, (name, found) in zip(figure.subplots(2, 4, sharex=True, sharey=True).flat, classes.items(), strict=True):
+        _regions(axes, found, PLANE)
+        _points(axes, x, y)
+        axes.set_title(name, fontsize=10)
+    return finish(figure)
+
+
+@torch.no_grad()
+def activations_figure(models: dict[int, ToyNetwork], x: torch.Tensor, y: torch.Tensor):
+    """Draws of the two activations by class, over the class that the last layers give each pair of activations."""
+    figure = new_figure(4.2 * len(models), 4)
+    for axes, (seed, model) in zip(figure.subplots(1, len(models)), models.items(), strict=True):
+        with lsf.prediction(model, "stochastic"), torch.random.fork_rng():
+            torch.manual_seed(seed)
+            drawn = model.neurons(model.body(x))
+        limit = drawn.abs().quantile(0.995).item()
+        _regions(axes, model.head(grid(-limit, limit, x.device)).argmax(-1), (-limit, limit))
+        _points(axes, drawn, y)
+        axes.set_title(f"initialization {seed}", fontsize=10)
+        axes.set_xlabel("first neuron")
+        axes.set_ylabel("second neuron")
+    return finish(figure)
+
+
+def _regions(axes, classes: torch.Tensor, limits: tuple[float, float]) -> None:
+    from matplotlib.colors import ListedColormap
+
+    side = round(len(classes) ** 0.5)
+    axes.imshow(
+        classes.view(side, side).cpu(), origin="lower", extent=limits * 2, cmap=ListedColormap(COLOURS), vmin=0, vmax=3,
+        alpha=0.35, interpolation="nearest",
+    )  # fmt: skip
+
+
+def _points(axes, points: torch.Tensor, classes: torch.Tensor) -> None:
+    limits = axes.get_xlim(), axes.get_ylim()
+    order = torch.randperm(len(points), generator=torch.Generator().manual_seed(0))  # no class lies over all others
+    colours = [COLOURS[c] for c in classes.cpu()[order].tolist()]
+    axes.scatter(*points.cpu()[order].T, c=colours, s=3, linewidths=0)
+    axes.set(xlim=limits[0], ylim=limits[1])
+
+
+main = functools.partial(command.main, "toy", procedure, DEFAULTS, description=__doc__)
+
+if __name__ == "__main__":
+    raise SystemExit(main())
