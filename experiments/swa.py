@@ -12,10 +12,11 @@ until one, 1.25 and 1.5 budgets; the average gets BatchNorm statistics of its ow
 
 import functools
 
-import torch
+from torch import nn
 
 import losssurf_fast as lsf
-from experiments import command, report, trainer
+from experiments import command, models, report, trainer
+from experiments.data import Data
 from losssurf_fast.figures import finish, new_figure
 
 # the rate that SWA ends with, over the first one; the share of the budget before it; weight decay
@@ -23,7 +24,7 @@ RECIPES = {"vgg16": (0.2, 0.8, 5e-4), "preresnet": (0.5, 0.83, 3e-4)}
 BUDGETS = (1, 1.25, 1.5)
 COLUMNS = ("SGD", *(f"SWA {budget:g}" for budget in BUDGETS))
 DEFAULTS = {
-    "digits": {"model": "preresnet20", "width": 8, "epochs": 30, "batch_size": 64, "lr": 0.1},
+    "digits": {"model": "preresnet8", "width": 4, "epochs": 16, "batch_size": 16, "lr": 0.3},
     "mnist": {"model": "preresnet20", "width": 16, "epochs": 20, "batch_size": 128, "lr": 0.1},
     "cifar10": {"model": "vgg16", "width": 64, "epochs": 200, "batch_size": 128, "lr": 0.05},
     "cifar100": {"model": "vgg16", "width": 64, "epochs": 200, "batch_size": 128, "lr": 0.05},
@@ -39,28 +40,91 @@ PUBLISHED = {  # test accuracy, %
 }
 
 
-def recipe(model: str) -> tuple[float, float, float]:
-    return next(found for name, found in RECIPES.items() if model.startswith(name))
+def recipe(setting: command.Setting) -> tuple[float, float, float]:
+    return models.recipe(RECIPES, setting.model, setting.experiment)
 
 
-def train_sgd(setting, data) -> tuple[torch.nn.Module, list[dict]]:
+def train_sgd(setting: command.Setting, data: Data, epochs: int) -> tuple[nn.Module, list[dict]]:
     """The network that SGD ends with, and its training's history."""
-    model, batches, test = setting.build(data), setting.train_batches(data), setting.test_batches(data)
-    optimizer = torch.optim.SGD(model.parameters(), setting.lr, momentum=0.9, weight_decay=recipe(setting.model)[2])
-    schedule = lsf.SWAConstantLR(optimizer, 0.01 * setting.lr, setting.epochs)
+    model, test = setting.build(data), setting.test_batches(data)
+    optimizer = trainer.sgd(setting, model, recipe(setting)[2])
+    schedule = trainer.falling(optimizer, epochs)
     measure = lambda epoch: trainer.evaluate(setting, model, test)
-    history = trainer.train(
-        setting, "sgd", model, batches, optimizer, setting.epochs, schedule=schedule, measure=measure
+    batches = setting.train_batches(data)
+    return model, trainer.train(
+        setting, "sgd", model, batches, optimizer, epochs, schedule=schedule, measure=measure
+    )  # fmt: skip
+
+
+def train_swa(setting: command.Setting, data: Data, epochs: int) -> tuple[lsf.AveragedModel, list[dict]]:
+    """The average after so many epochs, and its training's history, "swa_error" among it once there is an average."""
+    rate, share, weight_decay = recipe(setting)
+    model, test = setting.build(data), setting.test_batches(data)
+    swa = lsf.AveragedModel(model)
+    optimizer = trainer.sgd(setting, model, weight_decay)
+    schedule = lsf.SWAConstantLR(optimizer, rate * setting.lr, averaged_from(setting))
+    ends = budget_ends(setting)
+
+    def measure(epoch: int) -> dict[str, float]:
+        found = trainer.evaluate(setting, model, test)
+        if epoch >= averaged_from(setting) and (epoch % max(1, setting.epochs // 40) == 0 or epoch in ends):
+            lsf.update_bn(setting.test_batches(data, train=True), swa)
+            found |= {f"swa_{key}": value for key, value in trainer.evaluate(setting, swa, test).items()}
+        return found
+
+    batches = setting.train_batches(data)
+    return swa, trainer.train(
+        setting, "swa", model, batches, optimizer, epochs, schedule=schedule, average=swa, measure=measure
     )
-    return model, history
+
+
+def averaged_from(setting: command.Setting) -> int:
+    """The first epoch after which the weights are averaged."""
+    return max(1, round(recipe(setting)[1] * setting.epochs))
+
+
+def budget_ends(setting: command.Setting) -> list[int]:
+    return [round(budget * setting.epochs) for budget in BUDGETS]
 
 
 def procedure(setting: command.Setting) -> report.Result:
-    data = setting.load_data()
-    model, history = train_sgd(setting, data)
-    figure = new_figure(4, 3)
-    figure.subplots().plot([h["error"] for h in history])
-    return report.Result(str(history[-1]), {"history": history}, {"swa.png": finish(figure)})
+    data, ends = setting.load_data(), budget_ends(setting)
+    _, sgd = train_sgd(setting, data, setting.epochs)
+    _, swa = train_swa(setting, data, ends[-1])
+    errors = [sgd[-1]["error"], *(swa[end - 1]["swa_error"] for end in ends)]
+    accuracies = [100 * (1 - error) for error in errors]
+    key = (setting.data, setting.model) if (setting.data, setting.model) in PUBLISHED else ("cifar100", "preresnet164")
+    text = report.comparison(
+        f"Test accuracy (%) after one budget of {setting.epochs} epochs of SGD, and of SWA after more",
+        COLUMNS, {setting.model: accuracies}, {setting.model: PUBLISHED[key]},
+        data=setting.data, source=f"Izmailov et al. 2018, {key[1]} on {key[0]}",
+    )  # fmt: skip
+    numbers = {"accuracy": dict(zip(COLUMNS, accuracies, strict=True)), "sgd": sgd, "swa": swa}
+    return report.Result(text, numbers, {"swa.png": _figure(sgd, swa, averaged_from(setting), ends)})
+
+
+def _figure(sgd: list[dict], swa: list[dict], first: int, ends: list[int]):
+    """Test errors along the trainings; where the average's is not measured there is no point."""
+    figure = new_figure(6.4, 3.8)
+    axes = figure.subplots()
+    lines = {
+        "SGD": (sgd, "error", {"color": "#222222", "lw": 1.6}),
+        "the weights that SWA averages": (swa, "error", {"color": "#9ecae1", "lw": 1.2}),
+        "SWA": (swa, "swa_error", {"color": "#d7301f", "lw": 2.2}),
+    }
+    for label, (history, key, style) in lines.items():
+        points = [(epoch, 100 * found[key]) for epoch, found in enumerate(history, 1) if key in found]
+        axes.plot(*zip(*points, strict=True), label=label, **style)
+    for end in ends:
+        axes.axvline(end, color="#bbbbbb", lw=0.8, ls=":")
+    axes.axvline(first, color="#888888", lw=0.8)
+    axes.text(first, 0.99, "averaging begins ", transform=axes.get_xaxis_transform(), ha="right", va="top", fontsize=8)
+    late = [100 * found["error"] for history in (sgd, swa) for found in history[len(history) // 3 :]]
+    axes.set_ylim(0, 1.3 * max(late))
+    axes.set_xlabel("epoch")
+    axes.set_ylabel("test error (%)")
+    axes.legend(frameon=False, fontsize=9, loc="upper right")
+    return finish(figure)
 
 
 main = functools.partial(command.main, "swa", procedure, DEFAULTS, description=__doc__)

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+import losssurf_fast as lsf
 from experiments.command import Setting
 from experiments.data import Batches
 from losssurf_fast.evaluation import evaluate as measure_model
@@ -104,6 +105,30 @@ def _prepared(setting: Setting, model: nn.Module) -> nn.Module:
 def evaluate(setting: Setting, model: nn.Module, batches: Iterable) -> dict[str, float]:
     """{"loss": mean cross-entropy, "error": fraction of wrong classes} in evaluation mode, over all ranks' shares."""
     return measure_model(setting.experiment, model, batches)
+
+
+def sgd(setting: Setting, model: nn.Module, weight_decay: float, lr: float | None = None) -> torch.optim.SGD:
+    """SGD with momentum 0.9 on what is trainable, at ``lr`` (None: ``--lr``)."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.SGD(trainable, setting.lr if lr is None else lr, momentum=0.9, weight_decay=weight_decay)
+
+
+def falling(optimizer: torch.optim.Optimizer, epochs: int) -> lsf.SWAConstantLR:
+    """The schedule of the talk's papers without averages: constant for half the epochs, at 90 % a hundredth."""
+    return lsf.SWAConstantLR(optimizer, [0.01 * group["lr"] for group in optimizer.param_groups], epochs)
+
+
+class RegularisedLoss:
+    """Cross-entropy + weight_decay / 2 * |w|^2 with the weights that ``model`` has when it is called."""
+
+    __name__ = "RegularisedLoss"
+
+    def __init__(self, model: nn.Module, weight_decay: float):
+        self.model, self.weight_decay = model, weight_decay
+
+    def __call__(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        norms = torch._foreach_norm([p.detach() for p in self.model.parameters()])
+        return F.cross_entropy(outputs, targets) + 0.5 * self.weight_decay * torch.stack(norms).square().sum()
 
 
 class _Checkpoint:

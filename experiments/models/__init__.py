@@ -1,8 +1,9 @@
 """The networks of the experiments, by the name that ``--model`` takes."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 from torch import nn
 
@@ -30,3 +31,16 @@ MODELS = {
     "vgg16": Architecture(VGG16, size=32),
     "vgglike": Architecture(VGGLike),
 }
+
+
+def recipe(recipes: Mapping[str, Any], model: str, caller: str) -> Any:
+    """The entry of ``recipes`` whose key the name of ``--model`` begins with.
+
+    Raises:
+        SystemExit: there is none.
+    """
+    for name, found in recipes.items():
+        if model.startswith(name):
+            return found
+    known = [name for name in sorted(MODELS) if name.startswith(tuple(recipes))]
+    raise SystemExit(f"{caller}: --model must be one of {', '.join(known)}, got {model}")
