@@ -31,6 +31,7 @@ from losssurf_fast.neb import MinimaGraph, auto_neb
 from losssurf_fast.objective import ELBOLoss, kl_divergence
 from losssurf_fast.prediction import predict, prediction
 from losssurf_fast.surface import Line, Plane, Rays, Surface, line, rays
+from losssurf_fast.weight_sampling import WeightSample, sample_weights, set_sampling
 
 __version__ = "0.1.0"
 __all__ = [
@@ -49,6 +50,7 @@ __all__ = [
     "SWAConstantLR",
     "SWACyclicLR",
     "Surface",
+    "WeightSample",
     "auto_neb",
     "averaged_weights",
     "conversion_report",
@@ -61,6 +63,8 @@ __all__ = [
     "predict",
     "prediction",
     "rays",
+    "sample_weights",
+    "set_sampling",
     "to_lrt",
     "update_bn",
 ]

@@ -69,7 +69,8 @@ def predict(
         num_samples: draws of the ensemble; the other schemes ignore it.
         seed: fixes the noise and leaves torch's generators as they were. None draws from the default generator.
         draws_per_call: how many draws one forward pass computes, by stacking as many copies of x along its first
-            dimension. Faster for small batches; only for models whose first dimension is a batch of independent rows.
+            dimension. Faster for small batches; only for models whose first dimension is a batch of independent rows,
+            and whose layers draw for each row: the "sampling" of LRT layers must be "local".
 
     Raises:
         TypeError, ValueError: bad arguments, no stochastic layers to draw from, or an output that is no logits.
@@ -85,12 +86,24 @@ def predict(
         raise TypeError(f"predict: seed must be an int or None, got {type(seed).__name__}")
     if draws_per_call > 1 and not isinstance(x, torch.Tensor):
         raise TypeError(f"predict: draws_per_call={draws_per_call} needs a tensor x, got {type(x).__name__}")
+    if draws_per_call > 1:
+        _refuse_shared_draws(model, draws_per_call)
     with evaluation_mode("predict", model), prediction(model, layer_scheme), seeded(seed, model, x):
         total = None
         for start in range(0, draws, draws_per_call):
             log_probs = _log_probabilities(model, x, min(draws_per_call, draws - start))
             total = log_probs if total is None else torch.logaddexp(total, log_probs)
     return (total - math.log(draws)).exp()
+
+
+def _refuse_shared_draws(model: nn.Module, draws_per_call: int) -> None:
+    """Copies of a batch share what a layer draws once for the whole batch."""
+    for layer in stochastic_layers(model, "predict"):
+        sampling = getattr(layer, "sampling", "local")
+        if sampling != "local":
+            raise ValueError(
+                f"predict: draws_per_call={draws_per_call} needs layers whose sampling is 'local', got {sampling!r}"
+            )
 
 
 def _log_probabilities(model: nn.Module, x, copies: int) -> torch.Tensor:

@@ -73,6 +73,18 @@ struct SwagParameter {
   bool past_caches;            // out is too large to be read from there
 };
 
+// A tensor of Gaussian weights: ops/gaussian_weights.py.
+struct GaussianTensor {
+  NoiseStream noise;    // column i is that of weight i
+  Array weight;         // the means; data is null where they are 0
+  Array scale;          // log_alpha where the noise is multiplicative, else log_sigma2
+  int64_t run;          // weights that an element of scale covers
+  bool multiplicative;
+  bool has_kl;          // whether the KL is taken weight by weight
+  KL kl;
+  Prior prior;
+};
+
 // Weights on a curve: out = sum_j coefficients[j] bends[j].
 struct CurveSum {
   const void* const* bends;
@@ -142,6 +154,12 @@ struct Kernels {
   void (*block_float_quantize)(const NoiseStream* noise, int64_t n, Array x, int exponent, int word_length,
                                void* mantissa);
   void (*block_float_dequantize)(int64_t n, const void* mantissa, int exponent, int word_length, float* out);
+  // out = weights [begin, begin + n), drawn; returns their KL
+  double (*gaussian_weights)(const GaussianTensor&, int64_t begin, int64_t n, Array out);
+  // Gradients of weights [begin, begin + n) from that of the draw and that of the KL; null ones are not wanted. Where an
+  // element of scale covers several weights, what each contributes is added up in `sums` instead, from the first one on.
+  void (*gaussian_weights_backward)(const GaussianTensor&, int64_t begin, int64_t n, Array grad, float grad_kl,
+                                    Array grad_weight, Array grad_scale, double* sums);
 };
 
 // Kernels of the best instruction set of this CPU, or of the one chosen by use_instruction_set.

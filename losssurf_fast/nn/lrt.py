@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 from losssurf_fast.nn.stochastic import StochasticLayer
+from losssurf_fast.nn.weight_space import Drawn, sample_output
+from losssurf_fast.ops.gaussian_weights import log_sigma2_of
 from losssurf_fast.ops.lrt import PARAMETERIZATIONS
 
 INIT_LOG_ALPHA = -5.0  # that of Neklyudov et al., "Variance networks"
@@ -35,9 +37,7 @@ class Posterior:
         """log of the variances, of the weight's shape, in the scale's dtype."""
         if self.parameterization in ("additive", "variance"):
             return self.scale
-        alpha = self.spread(self.scale) if self.parameterization == "neuron" else self.scale
-        weight = self.weight.to(self.scale.dtype)
-        return alpha + weight.square().clamp(min=torch.finfo(weight.dtype).tiny).log()
+        return log_sigma2_of(self.weight, self.spread(self.scale) if self.parameterization == "neuron" else self.scale)
 
 
 class LRTLayer(StochasticLayer):
@@ -45,12 +45,14 @@ class LRTLayer(StochasticLayer):
 
     A subclass says how many :attr:`outputs` it has, which dimension of its weight they are (:meth:`spread`), how it
     computes with given weights (:meth:`plain`) and how it draws by local reparameterization (:meth:`local`).
+    ``nn/weight_space.py`` has the other ways to draw, which :attr:`sampling` chooses: "local", "weights", "flipout".
     """
 
     parameterization: str
     init_log_sigma2: float | None
     init_log_alpha: float | None
     sampling: str = "local"
+    drawn: Drawn | None = None  # the weights that lsf.sample_weights has it compute with, by their posteriors' names
 
     def become_stochastic(
         self,
@@ -111,11 +113,20 @@ class LRTLayer(StochasticLayer):
         """As the torch layer's forward.
 
         ``seed`` (int or 0-d int64 tensor) fixes the noise; by default one is drawn from torch's default generator.
-        Pass it through ``torch.utils.checkpoint`` where that is told not to preserve the generator's state.
+        Pass it through ``torch.utils.checkpoint`` where that is told not to preserve the generator's state. Inside
+        ``with lsf.sample_weights(model):`` the weights are drawn already and no other noise is.
         """
-        return self.local(input, seed) if self.draws_noise else self.plain(input, self.weight)
+        return self.respond(input, seed)
 
-    def plain(self, input: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+    def respond(self, input: torch.Tensor, seed: int | torch.Tensor | None, **geometry) -> torch.Tensor:
+        """A draw or the mean; ``geometry`` is what a layer's own forward tells its :meth:`local` and :meth:`plain`."""
+        if self.drawn is not None:
+            return self.plain(input, self.drawn["weight"], **geometry)
+        if self.draws_noise:
+            return sample_output(self, input, seed, **geometry)
+        return self.plain(input, self.weight, **geometry)
+
+    def plain(self, input: torch.Tensor, weight: torch.Tensor | None, with_bias: bool = True) -> torch.Tensor:
         """The torch layer's output with ``weight``, which has the weight's shape; None stands for zeros."""
         raise NotImplementedError
 
@@ -130,7 +141,8 @@ class LRTLayer(StochasticLayer):
         return kl_divergence(self, prior, exact=exact, prior_std=prior_std)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, parameterization={self.parameterization!r}"
+        sampling = "" if self.sampling == "local" else f", sampling={self.sampling!r}"
+        return f"{super().extra_repr()}, parameterization={self.parameterization!r}{sampling}"
 
     def _apply(self, fn, recurse=True):
         scale = self._parameters.get(self.scale_name)  # None where it is parametrized
