@@ -1,6 +1,12 @@
 """The talk's experiments, one command each, run from the repository's root::
 
-    python -m experiments.swa --data digits                        stochastic weight averaging against SGD
+    python -m experiments.variance_networks    LeNet-5 and VGG-like: dropout against variance networks
+    python -m experiments.parameterizations    one posterior per layer, neuron or weight, and the additive one
+    python -m experiments.information_flow     zero means and permuted sigmas while a network becomes one of variances
+    python -m experiments.toy                  a variance network in the plane: regions of its decisions
+    python -m experiments.swa                  stochastic weight averaging against SGD at three budgets
+    python -m experiments.curves               Bezier curves and chains between networks, and planes through them
+    python -m experiments.width                how wide SWA's and SGD's optima are, on a line and along rays
 
 ``python -m experiments`` lists them. ``--data digits`` is the default and takes a minute or two on one CPU thread;
 ``--data cifar10 --root DIR`` and the like take the published settings and a GPU. Every command knows ``--help`` and

@@ -2,4 +2,10 @@
 
 import experiments
 
-print(experiments.__doc__)
+
+def main() -> None:
+    print(experiments.__doc__)
+
+
+if __name__ == "__main__":
+    main()

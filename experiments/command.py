@@ -138,7 +138,7 @@ def _parser(experiment: str, defaults: Mapping[str, Mapping], description: str |
     add("--lr", type=_rate, metavar="RATE", help="learning rate at the start")
     add("--seed", type=_seed, default=0, metavar="N", help="of weights, batches and noise [%(default)s]")
     add("--threads", type=_positive, metavar="N", help="of the CPU [torch's]")
-    add("--device", type=torch.device, help="[cuda where there is one, else cpu]")
+    add("--device", type=_device, metavar="cpu|cuda", help="[cuda where there is one, else cpu]")
     add("--bf16", action="store_true", help="train under autocast to bfloat16")
     add("--compile", action="store_true", help="train with torch.compile")
     add("--out", metavar="DIR", help=f"pictures, record, checkpoints [experiments_output/{experiment}-DATA]")
@@ -166,6 +166,14 @@ def _rate(text: str) -> float:
     if not 0 < rate < float("inf"):
         raise argparse.ArgumentTypeError(f"must be a positive number, got {text!r}")
     return rate
+
+
+def _device(text: str) -> torch.device:
+    if text not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"must be cpu or cuda, got {text!r}")
+    if text == "cuda" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError("torch finds no CUDA device here; use cpu")
+    return torch.device(text)
 
 
 @contextlib.contextmanager

@@ -89,7 +89,7 @@ def procedure(setting: command.Setting) -> report.Result:
         ours[name] = (loss.min, loss.max, 100 * error.min, 100 * error.max)
     key = (setting.data, setting.model) if (setting.data, setting.model) in PUBLISHED else ("cifar10", "preresnet164")
     text = report.comparison(
-        f"{setting.model} on {setting.data}: training loss with its L2 term and test error (%) along paths",
+        f"{setting.model} on {setting.data}: training loss with L2 term, test error (%)",
         COLUMNS, ours, dict(zip(KINDS, PUBLISHED[key], strict=True)),
         data=setting.data, source=f"Garipov et al. 2018, {key[1]} on {key[0]}",
     )  # fmt: skip
@@ -116,7 +116,8 @@ def measure_planes(setting: command.Setting, data: Data, networks: list[nn.Modul
         planes[name] = (lsf.Plane.through(*networks[:2], bend, labels=("w1", "w2", "bend")), {name: curve})
     return {
         title: plane.evaluate(
-            model, both_sets(setting, data), points=points, trajectories=paths, metrics=None,
+            model, both_sets(setting, data), points=points, trajectories=paths,
+            margin=(0.2, 0.2, 1.0, 1.0) if paths else 0.2,
             loss_fn=trainer.RegularisedLoss(model, recipe(setting)[0]),
             path=setting.out / f"plane_{title.split()[0]}.npz", progress=setting.first,
         )
@@ -155,6 +156,7 @@ def _planes_figure(surfaces: dict):
     for column, (title, surface) in zip(panels.T, surfaces.items(), strict=True):
         for axes, metric in zip(column, ("train_loss", "test_error"), strict=True):
             draw_contours(figure, axes, surface, metric)
+            axes.set_aspect("auto")  # paths are much longer than they are high
         column[0].set_title(title)
     return finish(figure, framed=True)
 

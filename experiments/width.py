@@ -22,10 +22,11 @@ from losssurf_fast.figures import finish, new_figure
 
 DELTA = 0.1
 POINTS = {"digits": (31, 10, 16), "quick": (5, 2, 4)}  # on the line; rays, and points on each; else 61, 10, 31
-LENGTH = 1.5  # of the rays, over the networks' distance
+LENGTH = 3.0  # of the rays, over the networks' distance
 SOURCE = (
-    "Izmailov et al. 2018 (the talk's pictures, VGG-16 on cifar100): along the line SGD's weights\n"
-    "lie where the training loss is lowest and SWA's where the test error is; SWA's rays rise later"
+    "Izmailov et al. 2018 in pictures alone (VGG-16, cifar100):\n"
+    "on the line SGD lies where the training loss is low, SWA where the test error\n"
+    "is; along rays SWA's rise later"
 )
 
 
