@@ -11,7 +11,6 @@ means kept (what do the means know?). alpha grows until only the variances matte
 """
 
 import functools
-import math
 
 from experiments import command, noise, report
 from experiments.variance_networks import LENET5
@@ -22,7 +21,12 @@ TESTS = {
     "zero mean": noise.without_means,
     "permuted": noise.with_permuted_sigmas,
 }
-COLOURS = {"ensemble": "#222222", "zero mean": "#d7301f", "permuted": "#4292c6", "mean only": "#bbbbbb"}
+STYLES = {
+    "ensemble": {"color": "#bbbbbb", "lw": 5},
+    "zero mean": {"color": "#d7301f", "lw": 2},
+    "permuted": {"color": "#4292c6", "lw": 2},
+    "mean only": {"color": "#222222", "lw": 1, "ls": "--"},
+}
 DEFAULTS = {
     "digits": LENET5 | {"model": "lenet5-8x8", "epochs": 60, "batch_size": 32},
     "mnist": LENET5 | {"model": "lenet5"},
@@ -38,7 +42,7 @@ def procedure(setting: command.Setting) -> report.Result:
     final = measured(setting, model, test, draws=10 if setting.quick else 100)
     rows = {"untrained": start, "trained": final}
     columns = (*TESTS, "mean only", "1 / alpha")
-    row = lambda found: (*(found[key] for key in columns[:-1]), f"{math.exp(-found['log_alpha']):.0e}")
+    row = lambda found: (*(found[key] for key in columns[:-1]), f"{found['1 / alpha']:.0e}")
     text = report.comparison(
         "Test accuracy (%) with means or variances tampered with", columns, {k: row(f) for k, f in rows.items()},
         {"trained": (None, None, None, None, "1e-05")}, data=setting.data, digits=1,
@@ -51,25 +55,21 @@ def procedure(setting: command.Setting) -> report.Result:
 def measured(setting: command.Setting, model, test, draws: int = 10) -> dict[str, float]:
     found = {name: noise.accuracy(setting, test_of(model), test, "ensemble", draws) for name, test_of in TESTS.items()}
     found["mean only"] = noise.accuracy(setting, model, test, "deterministic")
-    return found | {"log_alpha": noise.gaussian_layers(model)[0].log_alpha.mean().item()}
+    return found | {"1 / alpha": noise.gaussian_layers(model)[0].log_alpha.neg().exp().item()}
 
 
 def figure(history: list[dict]):
     """The accuracies over the epochs, and the signal-to-noise ratio of the weights."""
     result = new_figure(8.4, 3.4)
     left, right = result.subplots(1, 2, width_ratios=(1.5, 1))
-    points = [(epoch, found) for epoch, found in enumerate(history, 1) if "log_alpha" in found]
-    epochs = [epoch for epoch, _ in points]
-    for name, colour in COLOURS.items():
-        left.plot(epochs, [found[name] for _, found in points], color=colour, lw=2, label=name)
+    for name, style in STYLES.items():
+        noise.plot(left, history, name, label=name, **style)
     left.set_ylabel("test accuracy (%)")
     left.set_ylim(0, 102)
-    left.legend(frameon=False, fontsize=9, loc="center right")
-    right.plot(epochs, [math.exp(-found["log_alpha"]) for _, found in points], color="#222222", lw=2)
+    noise.plot(right, history, "1 / alpha", color="#222222", lw=2)
     right.set_yscale("log")
     right.set_ylabel("signal-to-noise ratio 1 / alpha")
-    for axes in (left, right):
-        axes.set_xlabel("epoch")
+    result.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     return finish(result)
 
 

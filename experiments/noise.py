@@ -16,7 +16,11 @@ from experiments.data import Batches, Data
 from losssurf_fast.nn.lrt import LRTLayer
 
 SCHEMES = ("stochastic", "deterministic", "ensemble")
-COLOURS = {"stochastic": "#9ecae1", "deterministic": "#d7301f", "ensemble": "#08519c"}
+STYLES = {
+    "deterministic": {"color": "#d7301f", "lw": 2},
+    "stochastic": {"color": "#9ecae1", "lw": 3.5},
+    "ensemble": {"color": "#08519c", "lw": 1.5},
+}
 # Adam moves a logarithm by its rate per step: the logs of alpha and sigma^2 cross the same ground in the digits' few
 # thousand steps as in the hundred thousand that the paper takes with the rate of the weights.
 NOISE_RATE = {"digits": 0.5}
@@ -34,7 +38,7 @@ def network(setting: Setting, data: Data, kind: str, seed: int | None = None) ->
 def fit(
     setting: Setting, data: Data, model: nn.Module, name: str, measure: Callable[[], Mapping[str, float]]
 ) -> list[dict[str, float]]:
-    """Train by Adam with a rate that falls to zero; ``measure`` is called some twenty times.
+    """Train by Adam with a rate that falls to zero; ``measure`` is called at most twenty times, first after one epoch.
 
     The loss is the negative ELBO where weights are drawn by local reparameterization, else the cross-entropy.
     """
@@ -43,17 +47,26 @@ def fit(
     rates = [{"params": rest}, {"params": logs, "lr": NOISE_RATE.get(setting.data, setting.lr)}]
     optimizer = torch.optim.Adam([group for group in rates if group["params"]], lr=setting.lr)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=setting.epochs)
-    every = max(1, setting.epochs // 20)
+    moments = {round(setting.epochs ** (i / 19)) for i in range(20)}  # evenly on a logarithmic axis, the end included
     return trainer.train(
         setting, name, model, setting.train_batches(data), optimizer, setting.epochs,
         loss=_negative_elbo(model, len(data.train_x)) if logs else trainer.cross_entropy, schedule=schedule,
-        measure=lambda epoch: measure() if epoch % every == 0 or epoch == setting.epochs else {},
+        measure=lambda epoch: measure() if epoch in moments else {},
     )  # fmt: skip
 
 
 def _negative_elbo(model: nn.Module, num_data: int) -> trainer.Loss:
     objective = lsf.ELBOLoss(model, num_data)
     return lambda forward, x, y, done: objective(forward(x), y, min(1.0, done / WARM_UP))
+
+
+def plot(axes, history: list[dict[str, float]], key: str, **style) -> None:
+    """A line of what was measured under ``key``, over a logarithmic axis of epochs."""
+    points = [(epoch, found[key]) for epoch, found in enumerate(history, 1) if key in found]
+    axes.plot(*zip(*points, strict=True), **style)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:.0f}")
+    axes.set_xlabel("epoch")
 
 
 class Prediction(nn.Module):

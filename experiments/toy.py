@@ -7,11 +7,12 @@ Source: Neklyudov et al., "Variance networks: when expectation does not meet you
 
 2-100-100-100-100-[2]-100-4 with leaky ReLU, the bracketed layer drawn from N(0, sigma^2): a point is represented by the
 spread of two activations. ``toy_activations.png`` shows draws of them over what the last layers make of each pair, for
-two initializations: the neurons repeat each other, or share the work. ``toy_regions.png`` shows the plane of the
+two initializations. ``toy_regions.png`` shows the plane of the
 points: what single draws of the weights answer, each for the whole plane, and what the ensemble and the means do.
 """
 
 import functools
+import math
 
 import torch
 from torch import nn
@@ -83,30 +84,28 @@ def procedure(setting: command.Setting) -> report.Result:
     return report.Result(text, {"accuracy": found}, figures)
 
 
-def grid(low: float, high: float, device: torch.device, points: int = 200) -> torch.Tensor:
-    """``[points^2, 2]``, row by row."""
-    axis = torch.linspace(low, high, points, device=device)
+def grid(axis: torch.Tensor) -> torch.Tensor:
+    """All pairs of coordinates ``[n]`` as points ``[n^2, 2]``, row by row."""
     return torch.cartesian_prod(axis, axis).flip(1)
 
 
 @torch.no_grad()
 def one_draw(model: ToyNetwork, x: torch.Tensor, seed: int) -> torch.Tensor:
     """Classes of ``x`` for one draw of the weights: local reparameterization would draw other ones for every point."""
-    generator = torch.Generator().manual_seed(seed)
-    sigma = (0.5 * model.neurons.log_sigma2).exp()
-    weight = sigma * torch.randn(sigma.shape, generator=generator).to(sigma.device)
-    return model.head(model.neurons.plain(model.body(x), weight)).argmax(-1)
+    with lsf.sample_weights(model, seed, prior=None):
+        return model(x).argmax(-1)
 
 
 def regions_figure(model: ToyNetwork, x: torch.Tensor, y: torch.Tensor, seed: int):
     """Classes over the plane for some draws of the weights, for the ensemble, and for the mean weights."""
-    plane = grid(*PLANE, x.device)
+    axis = torch.linspace(*PLANE, 200, device=x.device)
+    plane = grid(axis)
     classes = {f"draw {i + 1}": one_draw(model, plane, seed + i) for i in range(DRAWS)}
     for name, scheme in (("ensemble of 101", "ensemble"), ("mean weights", "deterministic")):
         classes[name] = lsf.predict(model, plane, scheme, 101, seed=seed).argmax(-1)
     figure = new_figure(9.6, 5.2)
     for axes, (name, found) in zip(figure.subplots(2, 4, sharex=True, sharey=True).flat, classes.items(), strict=True):
-        _regions(axes, found, PLANE)
+        _regions(axes, axis, found)
         _points(axes, x, y)
         axes.set_title(name, fontsize=10)
     return finish(figure)
@@ -114,14 +113,24 @@ def regions_figure(model: ToyNetwork, x: torch.Tensor, y: torch.Tensor, seed: in
 
 @torch.no_grad()
 def activations_figure(models: dict[int, ToyNetwork], x: torch.Tensor, y: torch.Tensor):
-    """Draws of the two activations by class, over the class that the last layers give each pair of activations."""
+    """Draws of the two activations by class, over the class that the last layers give each pair of activations.
+
+    The axes are linear near 0 and logarithmic beyond: the classes' spreads differ by orders of magnitude.
+    """
+    from matplotlib.ticker import AsinhLocator
+
     figure = new_figure(4.2 * len(models), 4)
     for axes, (seed, model) in zip(figure.subplots(1, len(models)), models.items(), strict=True):
         with lsf.prediction(model, "stochastic"), torch.random.fork_rng():
             torch.manual_seed(seed)
             drawn = model.neurons(model.body(x))
-        limit = drawn.abs().quantile(0.995).item()
-        _regions(axes, model.head(grid(-limit, limit, x.device)).argmax(-1), (-limit, limit))
+        near, far = (drawn.abs().quantile(share).item() for share in (0.1, 0.999))
+        axis = near * torch.linspace(-math.asinh(far / near), math.asinh(far / near), 400, device=x.device).sinh()
+        for scale in (axes.set_xscale, axes.set_yscale):
+            scale("asinh", linear_width=near)
+        for side in (axes.xaxis, axes.yaxis):
+            side.set_major_locator(AsinhLocator(near, numticks=5))
+        _regions(axes, axis, model.head(grid(axis)).argmax(-1))
         _points(axes, drawn, y)
         axes.set_title(f"initialization {seed}", fontsize=10)
         axes.set_xlabel("first neuron")
@@ -129,22 +138,21 @@ def activations_figure(models: dict[int, ToyNetwork], x: torch.Tensor, y: torch.
     return finish(figure)
 
 
-def _regions(axes, classes: torch.Tensor, limits: tuple[float, float]) -> None:
+def _regions(axes, axis: torch.Tensor, classes: torch.Tensor) -> None:
     from matplotlib.colors import ListedColormap
 
-    side = round(len(classes) ** 0.5)
-    axes.imshow(
-        classes.view(side, side).cpu(), origin="lower", extent=limits * 2, cmap=ListedColormap(COLOURS), vmin=0, vmax=3,
-        alpha=0.35, interpolation="nearest",
-    )  # fmt: skip
+    coordinates, answers = axis.cpu(), classes.view(len(axis), -1).cpu()
+    axes.pcolormesh(
+        coordinates, coordinates, answers, cmap=ListedColormap(COLOURS), vmin=0, vmax=3, alpha=0.35, rasterized=True
+    )
+    limits = coordinates[0].item(), coordinates[-1].item()
+    axes.set(xlim=limits, ylim=limits, box_aspect=1)
 
 
 def _points(axes, points: torch.Tensor, classes: torch.Tensor) -> None:
-    limits = axes.get_xlim(), axes.get_ylim()
     order = torch.randperm(len(points), generator=torch.Generator().manual_seed(0))  # no class lies over all others
     colours = [COLOURS[c] for c in classes.cpu()[order].tolist()]
     axes.scatter(*points.cpu()[order].T, c=colours, s=3, linewidths=0)
-    axes.set(xlim=limits[0], ylim=limits[1])
 
 
 main = functools.partial(command.main, "toy", procedure, DEFAULTS, description=__doc__)

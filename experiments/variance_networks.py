@@ -68,13 +68,10 @@ def figure(histories: dict, chance: float):
     """Accuracy by scheme over the epochs, a panel for each network."""
     result = new_figure(7.2, 3.2)
     for axes, (kind, history) in zip(result.subplots(1, 2, sharey=True), histories.items(), strict=True):
-        measured = [(epoch, found) for epoch, found in enumerate(history, 1) if "ensemble" in found]
-        for scheme in noise.SCHEMES:
-            values = [found[scheme] for _, found in measured]
-            axes.plot([epoch for epoch, _ in measured], values, color=noise.COLOURS[scheme], lw=2, label=scheme)
+        for scheme, style in noise.STYLES.items():
+            noise.plot(axes, history, scheme, label=scheme, **style)
         axes.axhline(chance, color="#888888", lw=0.8, ls=":")
         axes.set_title(kind, fontsize=11)
-        axes.set_xlabel("epoch")
         axes.set_ylim(0, 102)
     result.axes[0].set_ylabel("test accuracy (%)")
     result.axes[0].annotate("chance", (1, chance), (0, 3), textcoords="offset points", color="#666666", fontsize=8)
