@@ -141,7 +141,7 @@ def activations_figure(models: dict[int, ToyNetwork], x: torch.Tensor, y: torch.
 def _regions(axes, axis: torch.Tensor, classes: torch.Tensor) -> None:
     from matplotlib.colors import ListedColormap
 
-    coordinates, answers = axis.cpu(), classes.view(len(axis), -1).cpu()
+    coordinates, answers = axis.cpu().numpy(), classes.view(len(axis), -1).cpu().numpy()
     axes.pcolormesh(
         coordinates, coordinates, answers, cmap=ListedColormap(COLOURS), vmin=0, vmax=3, alpha=0.35, rasterized=True
     )
@@ -152,7 +152,7 @@ def _regions(axes, axis: torch.Tensor, classes: torch.Tensor) -> None:
 def _points(axes, points: torch.Tensor, classes: torch.Tensor) -> None:
     order = torch.randperm(len(points), generator=torch.Generator().manual_seed(0))  # no class lies over all others
     colours = [COLOURS[c] for c in classes.cpu()[order].tolist()]
-    axes.scatter(*points.cpu()[order].T, c=colours, s=3, linewidths=0)
+    axes.scatter(*points.cpu()[order].T.numpy(), c=colours, s=3, linewidths=0)
 
 
 main = functools.partial(command.main, "toy", procedure, DEFAULTS, description=__doc__)
