@@ -7,13 +7,15 @@ from collections.abc import Iterable, Sequence
 
 from torch import nn
 
-from losssurf_fast.nn.lrt import check_parameterization, initial_scale
+from losssurf_fast.nn.lrt import LRTLayer, check_parameterization, initial_scale
+from losssurf_fast.nn.lrt_conv import LRTConv1d, LRTConv2d, LRTConv3d
 from losssurf_fast.nn.lrt_linear import LRTLinear
 from losssurf_fast.nn.stochastic import StochasticLayer, fast_path_skips_noise
 from losssurf_fast.ops.lrt import LRT_DTYPES
 
 logger = logging.getLogger("losssurf_fast")
 _REPORT = "_losssurf_conversion_report"
+_STOCHASTIC = {nn.Linear: LRTLinear, nn.Conv1d: LRTConv1d, nn.Conv2d: LRTConv2d, nn.Conv3d: LRTConv3d}
 
 
 @dataclasses.dataclass
@@ -68,17 +70,17 @@ def to_lrt(
         raise TypeError(f"to_lrt: model must be a torch.nn.Module, got {type(model).__name__}")
     include, exclude = _patterns("include", include), _patterns("exclude", exclude)
     weighted = {name: module for name, module in model.named_modules() if _has_matrix(module)}
-    linear = [name for name, module in weighted.items() if isinstance(module, nn.Linear)]
+    known = [name for name, module in weighted.items() if isinstance(module, tuple(_STOCHASTIC))]
     for pattern in (*(include or ()), *(exclude or ())):
-        if not fnmatch.filter(linear, pattern):
+        if not fnmatch.filter(known, pattern):
             raise ValueError(
-                f"to_lrt: pattern {pattern!r} matches no nn.Linear; the model has {', '.join(linear) or 'none'}"
+                f"to_lrt: pattern {pattern!r} matches no layer; the model has {', '.join(known) or 'none'}"
             )
 
     attention_outputs = {id(m.out_proj) for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
     report, chosen, problems = ConversionReport(), {}, []
     for name, module in weighted.items():
-        if isinstance(module, nn.Linear) and not _selected(name, include, exclude):
+        if isinstance(module, tuple(_STOCHASTIC)) and not _selected(name, include, exclude):
             report.left[name] = "not selected by include and exclude"
         elif reason := _why_left(module, attention_outputs):
             report.left[name] = reason
@@ -88,18 +90,18 @@ def to_lrt(
             report.converted[name] = parameterization
             chosen[name] = module
     if not chosen:
-        raise ValueError(f"to_lrt: the model has no nn.Linear to convert; {report}")
+        raise ValueError(f"to_lrt: the model has no layer to convert; {report}")
 
     # id of a weight -> the scale of the layers that share it, also of those that an earlier call converted
-    earlier = [m for m in model.modules() if isinstance(m, LRTLinear) and m.parameterization == parameterization]
+    earlier = [m for m in model.modules() if isinstance(m, LRTLayer) and m.parameterization == parameterization]
     scales = {id(layer.weight): layer.scale for layer in earlier if layer.weight is not None}
     for module in chosen.values():  # all that may fail, before a layer changes
         weight = module.weight
         if id(weight) not in scales:
-            start = initial_scale(weight, parameterization, init_log_sigma2, init_log_alpha, module.out_features)
+            start = initial_scale(weight, parameterization, init_log_sigma2, init_log_alpha, _outputs(module))
             scales[id(weight)] = nn.Parameter(start, requires_grad=weight.requires_grad)
     for module in chosen.values():
-        module.__class__ = LRTLinear
+        module.__class__ = _STOCHASTIC[type(module)]
         module.become_stochastic(parameterization, init_log_sigma2, init_log_alpha, scales[id(module.weight)])
     _turn_off_fast_paths(model)
 
@@ -157,15 +159,14 @@ def _has_matrix(module: nn.Module) -> bool:
 
 
 def _why_left(module: nn.Module, attention_outputs: set[int]) -> str | None:
-    """Why the module stays as it is, None where it can become an LRTLinear."""
+    """Why the module stays as it is, None where it can become an LRT layer."""
     kind = type(module).__name__
-    if isinstance(module, LRTLinear):
-        return f"already an LRTLinear ({module.parameterization})"
-    if isinstance(module, nn.modules.conv._ConvNd):
-        return f"{kind}: there is no stochastic convolution yet"
+    if isinstance(module, LRTLayer):
+        return f"already an {kind} ({module.parameterization})"
     if isinstance(module, nn.MultiheadAttention):
         return "nn.MultiheadAttention: its projections are no nn.Linear"
-    if not isinstance(module, nn.Linear):
+    base = next((base for base in _STOCHASTIC if isinstance(module, base)), None)
+    if base is None:
         return f"{kind}: there is no stochastic layer for it"
     if id(module) in attention_outputs:
         return "nn.MultiheadAttention reads its weight without calling it, noise would be lost"
@@ -177,13 +178,17 @@ def _why_left(module: nn.Module, attention_outputs: set[int]) -> str | None:
         return f"{kind}: its bias is computed (parametrized, pruned or normalised)"
     if hasattr(module.weight, "device_mesh"):  # a DTensor, whose import costs what few models need
         return f"{kind} is sharded already; convert the model before sharding it"
-    if type(module).forward is not nn.Linear.forward or "forward" in vars(module):
+    if type(module).forward is not base.forward or "forward" in vars(module):
         return f"{kind} has a forward of its own"
-    if type(module) is not nn.Linear:
-        return f"{kind} is a subclass of nn.Linear, whose class and methods would be lost"
+    if type(module) is not base:
+        return f"{kind} is a subclass of nn.{base.__name__}, whose class and methods would be lost"
     if module.weight.dtype not in LRT_DTYPES:
         return f"{kind}: there is no noise in {module.weight.dtype}"
     return None
+
+
+def _outputs(module: nn.Module) -> int:
+    return module.out_features if isinstance(module, nn.Linear) else module.out_channels
 
 
 def _turn_off_fast_paths(model: nn.Module) -> None:

@@ -112,6 +112,7 @@ def test_report_of_what_was_left(caplog):
             "normed": nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)),
             "pruned": nn.utils.prune.random_unstructured(nn.Linear(4, 4), "weight", 0.5),
             "conv": nn.Conv2d(3, 3, 3),
+            "deconv": nn.ConvTranspose2d(3, 3, 3),
             "recurrent": nn.GRU(4, 4),
             "skipped": nn.Linear(4, 4),
             "norm": nn.LayerNorm(4),
@@ -123,14 +124,14 @@ def test_report_of_what_was_left(caplog):
     with caplog.at_level(logging.INFO, logger="losssurf_fast"):
         lsf.to_lrt(model, "layer", exclude="skipped")
     report = lsf.conversion_report(model)
-    assert report.converted == {"plain": "layer"}
+    assert report.converted == {"plain": "layer", "conv": "layer"}
     left = report.left
     assert left.pop("skipped") == "not selected by include and exclude"
     assert left.pop("own") == "OwnForward has a forward of its own"
     assert left.pop("named") == "OwnName is a subclass of nn.Linear, whose class and methods would be lost"
     assert left.pop("complex") == "Linear: there is no noise in torch.complex64"
     assert left.pop("patched") == "Linear has a forward of its own"
-    assert left.pop("conv") == "Conv2d: there is no stochastic convolution yet"
+    assert left.pop("deconv") == "ConvTranspose2d: there is no stochastic layer for it"
     assert left.pop("lazy") == "LazyLinear: its sizes are unknown until a first forward"
     assert left.pop("normed").endswith("its weight is computed (parametrized, pruned or normalised)")
     assert left.pop("pruned").endswith("its weight is computed (parametrized, pruned or normalised)")
@@ -223,10 +224,10 @@ def test_report_through_a_wrapper():
         (
             lambda: lsf.to_lrt(mlp(), include="fc*"),
             ValueError,
-            r"pattern 'fc\*' matches no nn.Linear; the model has 0, 2",
+            r"pattern 'fc\*' matches no layer; the model has 0, 2",
         ),
         (lambda: lsf.to_lrt(mlp(), exclude=[nn.Linear]), TypeError, "exclude must hold names or patterns, got type"),
-        (lambda: lsf.to_lrt(nn.Sequential(nn.Conv1d(1, 1, 1))), ValueError, "has no nn.Linear to convert"),
+        (lambda: lsf.to_lrt(nn.Sequential(nn.Embedding(1, 1))), ValueError, "has no layer to convert"),
         (lambda: lsf.to_lrt(lsf.to_lrt(mlp())), ValueError, "already an LRTLinear"),
         (lambda: lsf.conversion_report(mlp()), ValueError, "to_lrt was not called on this Sequential"),
     ],
