@@ -16,7 +16,7 @@ from examples.gpt.model import GPT
 from examples.gpt.training import kl_weight, objectives, stochastic
 from losssurf_fast.conversion import to_lrt
 
-LENET, GPTS = (128,), ((2, 128, 128, 8),)  # batch; layers, width, context, batch
+LENET, GPTS = (128,), ((2, 128, 64, 8),)  # batch; layers, width, context, batch
 TINY_LENET, TINY_GPT = (2,), (1, 32, 8, 2)
 NUM_TOKENS = 100_000
 

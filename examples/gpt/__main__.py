@@ -39,7 +39,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m examples.gpt", description=__doc__)
     parser.add_argument("--layers", type=positive, default=2)
     parser.add_argument("--width", type=positive, default=128, help="a multiple of 32 (default 128)")
-    parser.add_argument("--context", type=positive, default=128, help="bytes that a prediction sees (default 128)")
+    parser.add_argument("--context", type=positive, default=64, help="bytes that a prediction sees (default 64)")
     parser.add_argument("--batch", type=positive, default=8)
     parser.add_argument("--steps", type=positive, default=200)
     parser.add_argument("--rounds", type=positive, default=5, help="timed steps of every model (default 5)")
@@ -82,12 +82,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:  # one graph each, or an error
         steps = {name: torch.compile(step, fullgraph=True) for name, step in eager.items()}
 
-    before = held_out(ours, corpus)
+    before = [held_out(eager["ours"], corpus, weight) for weight in (0.0, 1.0)]
     losses = train(steps["ours"], ours, corpus, arguments.steps, arguments.batch, arguments.learning_rate)
-    after = held_out(ours, corpus)
-    print(f"held-out text, nats per byte, mean weights: {before:.3f} before, {after:.3f} after")
-    print(f"negative ELBO per byte: {losses[0]:.3f} at the first step, {losses[-1]:.3f} at the last")
-    with lsf.prediction(ours, "deterministic"):
+    after = [held_out(eager["ours"], corpus, weight) for weight in (0.0, 1.0)]
+    for name, first, last in zip(("cross-entropy", "negative ELBO"), before, after, strict=True):
+        print(f"held-out text, {name} in nats per byte: {first:.3f} before, {last:.3f} after")
+    with lsf.prediction(ours, "stochastic"):
         sample = ours.continuation(b"The layer ", 200)
     print(f"--- a sample\n{sample.decode(errors='replace')}\n---")
 
@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     inputs = (*batch, kl_weight(1.0, arguments.device))
     report = {
         "options": {name: str(value) for name, value in vars(arguments).items() if name != "out"},
-        "held_out": [before, after],
+        "held_out": {"before": before, "after": after},
         "losses": losses,
         "sample": sample.decode(errors="replace"),
         "eager": costs(eager, inputs, arguments.rounds),

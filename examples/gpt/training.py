@@ -68,11 +68,10 @@ def kl_weight(value: float, device: torch.device) -> torch.Tensor:
 
 
 @torch.no_grad()
-def held_out(model: GPT, corpus: Corpus) -> float:
-    """Cross-entropy of the mean weights in nats per byte."""
-    tokens, targets = corpus.windows(corpus.held_out, EVALUATED, torch.Generator().manual_seed(2))
-    with lsf.prediction(model, "deterministic"), torch.autocast(corpus.device.type, torch.bfloat16):
-        return cross_entropy(model(tokens), targets).item()
+def held_out(objective: Objective, corpus: Corpus, weight: float) -> float:
+    """The objective on held-out text with one draw of the noise; without the KL divergence where ``weight`` is 0."""
+    windows = corpus.windows(corpus.held_out, EVALUATED, torch.Generator().manual_seed(2))
+    return objective(*windows, kl_weight(weight, corpus.device)).item()
 
 
 def costs(steps: dict[str, Callable], inputs: tuple, rounds: int) -> dict[str, dict]:
