@@ -36,4 +36,4 @@ format: .venv/.requirements
 	@touch $@
 
 clean:
-	rm -rf .venv build demo_output losssurf_fast/*.so *.egg-info
+	rm -rf .venv build demo_output experiments_output losssurf_fast/*.so *.egg-info
