@@ -1,4 +1,6 @@
-"""Results as a table for the terminal, a table in README.md and a picture per family; measures nothing.
+"""Results for the terminal, headlines in README.md, all of them in docs/performance.md with a picture per family.
+
+Measures nothing.
 
 For every device and family the newest run counts that measured a committed tree; full runs go before quick ones.
 ``speedup`` is over the strongest baseline of the row (eager, torch.compile, the library), ``target`` over eager, both
@@ -20,10 +22,17 @@ from benchmarks.cases import BASELINES
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+README, PERFORMANCE = ROOT / "README.md", ROOT / "docs" / "performance.md"
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 HEADER = ("operator", "shape", "dtype", "mode", "eager", "compiled", "torch", "ours", "speedup", "target", "floor")
 LEGEND = "speedup: over the fastest of eager, compiled, torch. target: over eager. floor: share of the floor's speed."
 MODE = {"forward": "fwd", "backward": "bwd", "full": "fwd+bwd"}
+
+PERFORMANCE_HEAD = """# Every measurement
+
+Written by `python -m benchmarks.report --readme` from `benchmarks/results/`. Each row is one run on one machine, ours
+and the baselines in turns; losing shapes stay. What no run has measured is not here: of GPUs see
+[gpu-status.md](gpu-status.md). `make bench` measures your machine."""
 
 # ---- choosing rows -------------------------------------------------------------------------------------------------
 # The same in every picture.
@@ -181,9 +190,24 @@ def plain_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     )
 
 
-def markdown(rows: Sequence[dict]) -> str:
-    images = [f"![{Path(file).stem}](benchmarks/results/{file})" for file in drawable(rows)]
-    return "\n\n".join([sections(rows, markdown_table), *images])
+def performance_page(rows: Sequence[dict]) -> str:
+    """docs/performance.md: every row and the pictures."""
+    images = [f"![{Path(file).stem}](../benchmarks/results/{file})" for file in drawable(rows)]
+    return "\n\n".join([PERFORMANCE_HEAD, sections(rows, markdown_table), *images]) + "\n"
+
+
+def headlines(rows: Sequence[dict]) -> str:
+    """README.md: of each device the headline cases, on one thread where threads count."""
+    known = known_cases({row["family"] for row in rows} - {"machine"})
+    chosen = [
+        row for row in rows if row["threads"] in (None, 1) and (row["family"] == "machine" or _is_headline(known, row))
+    ]
+    return sections(chosen, markdown_table)
+
+
+def _is_headline(known: dict, row: dict) -> bool:
+    case = known.get(case_key(row))
+    return case is not None and case.headline
 
 
 def terminal(rows: Sequence[dict]) -> str:
@@ -256,13 +280,15 @@ def draw(axis, key: tuple, rows: Sequence[dict]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.report", description="Show the newest results of every device.")
-    parser.add_argument("--readme", action="store_true", help="write the table into README.md and the pictures")
+    parser.add_argument(
+        "--readme", action="store_true", help="write README.md's table, docs/performance.md and the pictures"
+    )
     arguments = parser.parse_args(argv)
     rows = newest(read())
     print(terminal(rows))
     if arguments.readme:
-        path = ROOT / "README.md"
-        path.write_text(with_section(path.read_text(), markdown(rows)))
+        README.write_text(with_section(README.read_text(), headlines(rows)))
+        PERFORMANCE.write_text(performance_page(rows))
         for picture in pictures(rows, RESULTS):
             print(f"written: {picture.relative_to(ROOT)}", file=sys.stderr)
     return 0

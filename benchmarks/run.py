@@ -21,7 +21,7 @@ from benchmarks.measure import empty_figures
 
 ROOT = Path(__file__).resolve().parent.parent
 # A run writes these itself, they do not make its figures unclean.
-WRITTEN_BY_BENCHMARKS = ("benchmarks/results", "README.md")
+WRITTEN_BY_BENCHMARKS = ("benchmarks/results", "README.md", "docs/performance.md")
 
 # ---- what a row says about its origin ------------------------------------------------------------------------------
 

@@ -25,12 +25,16 @@ from losssurf_fast.averaging import (
     averaged_weights,
     update_bn,
 )
-from losssurf_fast.conversion import ConversionReport, conversion_report, to_lrt
+from losssurf_fast.conversion import ConversionReport, conversion_report, from_lrt, load_variance_networks, to_lrt
 from losssurf_fast.curve import Curve, CurveReport, evaluate_curve
+from losssurf_fast.ensembling import OnlineEnsemble
 from losssurf_fast.neb import MinimaGraph, auto_neb
 from losssurf_fast.objective import ELBOLoss, kl_divergence
 from losssurf_fast.prediction import predict, prediction
+from losssurf_fast.sparsity import SparsityReport, bake_pruning, prune, pruning_masks, sparsity_report
 from losssurf_fast.surface import Line, Plane, Rays, Surface, line, rays
+from losssurf_fast.uncertainty import UncertaintyMetrics, UncertaintyReport, evaluate_uncertainty
+from losssurf_fast.weight_sampling import WeightSample, sample_weights, set_sampling
 
 __version__ = "0.1.0"
 __all__ = [
@@ -44,23 +48,37 @@ __all__ = [
     "FGETriangleLR",
     "Line",
     "MinimaGraph",
+    "OnlineEnsemble",
     "Plane",
     "Rays",
     "SWAConstantLR",
     "SWACyclicLR",
+    "SparsityReport",
     "Surface",
+    "UncertaintyMetrics",
+    "UncertaintyReport",
+    "WeightSample",
     "auto_neb",
     "averaged_weights",
+    "bake_pruning",
     "conversion_report",
     "evaluate_curve",
+    "evaluate_uncertainty",
+    "from_lrt",
     "kernel_for",
     "kl_divergence",
     "line",
+    "load_variance_networks",
     "nn",
     "ops",
     "predict",
     "prediction",
+    "prune",
+    "pruning_masks",
     "rays",
+    "sample_weights",
+    "set_sampling",
+    "sparsity_report",
     "to_lrt",
     "update_bn",
 ]

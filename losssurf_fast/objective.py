@@ -37,18 +37,8 @@ def kl_divergence(
         TypeError, ValueError: not a module, unknown prior, a prior_std that is no positive number, or a model without
             such layers or with one whose parameters are on the meta device.
     """
-    if prior not in PRIORS:
-        raise ValueError(f"kl_divergence: prior must be one of {PRIORS}, got {prior!r}")
-    if isinstance(prior_std, bool) or not isinstance(prior_std, int | float):
-        raise TypeError(f"kl_divergence: prior_std must be a number, got {type(prior_std).__name__}")
-    if not prior_std > 0:
-        raise ValueError(f"kl_divergence: prior_std must be positive, got {prior_std}")
+    check_prior("kl_divergence", prior, prior_std)
     posteriors = model_posteriors(model, "kl_divergence")
-    if any(t is not None and t.is_meta for p in posteriors for t in (p.scale, p.weight)):
-        raise ValueError(
-            f"kl_divergence: {type(model).__name__} must hold values, got tensors on the meta device (a Curve's module "
-            "has its weights in `with curve.at(t):`, or from a forward to its backward)"
-        )
     if prior == "normal":
         return _normal(posteriors, prior_std)
     family = ops.kl_ard if prior == "ard" else functools.partial(ops.kl_log_uniform, exact=exact)
@@ -63,12 +53,26 @@ def kl_divergence(
     return sum(terms) if terms else posteriors[0].scale.new_zeros(())
 
 
+def check_prior(caller: str, prior: str, prior_std: float) -> None:
+    if prior not in PRIORS:
+        raise ValueError(f"{caller}: prior must be one of {PRIORS}, got {prior!r}")
+    if isinstance(prior_std, bool) or not isinstance(prior_std, int | float):
+        raise TypeError(f"{caller}: prior_std must be a number, got {type(prior_std).__name__}")
+    if not prior_std > 0:
+        raise ValueError(f"{caller}: prior_std must be positive, got {prior_std}")
+
+
 def model_posteriors(model: nn.Module, caller: str) -> list[Posterior]:
-    """The Gaussian weights of ``model``, those that layers share once; without any, ValueError."""
+    """The Gaussian weights of ``model``, those that layers share once; ValueError where there are none to read."""
     layers = [m for m in stochastic_layers(model, caller) if isinstance(m, LRTLayer)]
     if not layers:
         raise ValueError(f"{caller}: {type(model).__name__} has no stochastic layers; convert it with lsf.to_lrt first")
     posteriors = [posterior for layer in layers for posterior in layer.posteriors()]
+    if any(t is not None and t.is_meta for p in posteriors for t in (p.scale, p.weight)):
+        raise ValueError(
+            f"{caller}: {type(model).__name__} must hold values, got tensors on the meta device (a Curve's module has "
+            "its weights in `with curve.at(t):`, or from a forward to its backward)"
+        )
     return list({id(p.scale): p for p in posteriors}.values())  # tied weights share their scale
 
 

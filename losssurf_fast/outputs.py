@@ -20,6 +20,19 @@ def logits_of(outputs: Any) -> Any:
     return found if isinstance(found, torch.Tensor) else outputs
 
 
+def class_logits(caller: str, outputs: Any) -> torch.Tensor:
+    """:func:`logits_of` outputs, which have to be a tensor.
+
+    Raises:
+        TypeError: they are none.
+    """
+    logits = logits_of(outputs)
+    if not isinstance(logits, torch.Tensor):
+        got = type(logits).__name__
+        raise TypeError(f"{caller}: the model must return a tensor of logits, or one as .logits, got {got}")
+    return logits
+
+
 def is_cross_entropy(function: Callable) -> bool:
     """Whether it is torch's, with or without options: then its outputs are logits with the classes second."""
     while isinstance(function, functools.partial):

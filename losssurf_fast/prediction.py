@@ -1,13 +1,13 @@
 """Prediction schemes: deterministic (mean weights), stochastic (one draw), ensemble (mean of softmax over draws)."""
 
 import contextlib
-import math
 
 import torch
 from torch import nn
 
+from losssurf_fast.ensembling import OnlineEnsemble
 from losssurf_fast.nn.stochastic import stochastic_layers
-from losssurf_fast.outputs import logits_of
+from losssurf_fast.outputs import class_logits
 from losssurf_fast.undoing import afterwards
 
 SCHEMES = ("deterministic", "stochastic", "ensemble")
@@ -60,8 +60,8 @@ def predict(
     """Class probabilities ``[..., classes]`` in float32 (float64 for float64 logits), without gradients.
 
     "deterministic" is the softmax of the logits at the mean weights, "stochastic" that of one draw, "ensemble" the
-    mean of the softmax over ``num_samples`` draws (accumulated as a log-mean-exp). During the call the whole model is
-    in ``eval()``; every module's mode is restored.
+    mean of the softmax over ``num_samples`` draws (:class:`losssurf_fast.OnlineEnsemble`). During the call the
+    whole model is in ``eval()``; every module's mode is restored.
 
     Args:
         model: returns logits, classes last, or what has them as attribute or key "logits".
@@ -69,52 +69,70 @@ def predict(
         num_samples: draws of the ensemble; the other schemes ignore it.
         seed: fixes the noise and leaves torch's generators as they were. None draws from the default generator.
         draws_per_call: how many draws one forward pass computes, by stacking as many copies of x along its first
-            dimension. Faster for small batches; only for models whose first dimension is a batch of independent rows.
+            dimension. Faster for small batches; only for models whose first dimension is a batch of independent rows,
+            and whose layers draw for each row: the "sampling" of LRT layers must be "local".
 
     Raises:
         TypeError, ValueError: bad arguments, no stochastic layers to draw from, or an output that is no logits.
     """
-    if scheme not in SCHEMES:
-        raise ValueError(f"predict: scheme must be one of {SCHEMES}, got {scheme!r}")
-    for argument, value in (("num_samples", num_samples), ("draws_per_call", draws_per_call)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"predict: {argument} must be a positive int, got {value!r}")
-    draws = num_samples if scheme == "ensemble" else 1
-    layer_scheme = "deterministic" if scheme == "deterministic" else "stochastic"
-    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
-        raise TypeError(f"predict: seed must be an int or None, got {type(seed).__name__}")
+    draws = check_draws("predict", scheme, num_samples, seed)
+    if isinstance(draws_per_call, bool) or not isinstance(draws_per_call, int) or draws_per_call < 1:
+        raise ValueError(f"predict: draws_per_call must be a positive int, got {draws_per_call!r}")
     if draws_per_call > 1 and not isinstance(x, torch.Tensor):
         raise TypeError(f"predict: draws_per_call={draws_per_call} needs a tensor x, got {type(x).__name__}")
-    with evaluation_mode("predict", model), prediction(model, layer_scheme), seeded(seed, model, x):
-        total = None
+    if draws_per_call > 1:
+        _refuse_shared_draws(model, draws_per_call)
+    ensemble = OnlineEnsemble(entropies=False)
+    with drawing("predict", model, scheme, seed, x):
         for start in range(0, draws, draws_per_call):
-            log_probs = _log_probabilities(model, x, min(draws_per_call, draws - start))
-            total = log_probs if total is None else torch.logaddexp(total, log_probs)
-    return (total - math.log(draws)).exp()
+            ensemble.update(_logits(model, x, min(draws_per_call, draws - start)), stacked=True)
+    return ensemble.probs
 
 
-def _log_probabilities(model: nn.Module, x, copies: int) -> torch.Tensor:
-    """log of the sum of ``copies`` softmaxes."""
-    logits = logits_of(model(x if copies == 1 else x.repeat(copies, *[1] * (x.dim() - 1))))
-    log_probs = log_softmax(logits)
+def _refuse_shared_draws(model: nn.Module, draws_per_call: int) -> None:
+    """Copies of a batch share what a layer draws once for the whole batch."""
+    for layer in stochastic_layers(model, "predict"):
+        sampling = getattr(layer, "sampling", "local")
+        if sampling != "local":
+            raise ValueError(
+                f"predict: draws_per_call={draws_per_call} needs layers whose sampling is 'local', got {sampling!r}"
+            )
+
+
+def _logits(model: nn.Module, x, copies: int) -> torch.Tensor:
+    """Those of so many draws, ``[copies, ...]``."""
+    logits = class_logits("predict", model(x if copies == 1 else x.repeat(copies, *[1] * (x.dim() - 1))))
     if copies == 1:
-        return log_probs
+        return logits.unsqueeze(0)
     if logits.dim() < 2 or logits.shape[0] != copies * x.shape[0]:
         raise ValueError(
             f"predict: draws_per_call={copies} needs logits [batch, ..., classes], got {tuple(logits.shape)} for a "
             f"batch of {copies} * {x.shape[0]}; use draws_per_call=1"
         )
-    return log_probs.unflatten(0, (copies, x.shape[0])).logsumexp(0)
+    return logits.unflatten(0, (copies, x.shape[0]))
 
 
-def log_softmax(outputs) -> torch.Tensor:
-    """Of what a model returned, or the ``logits`` in it, in float32 (float64 for float64 logits)."""
-    logits = logits_of(outputs)
-    if not isinstance(logits, torch.Tensor):
-        raise TypeError(
-            f"predict: the model must return a tensor of logits, or one as .logits, got {type(logits).__name__}"
-        )
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+def check_draws(caller: str, scheme: str, num_samples: int, seed: int | None) -> int:
+    """How many forward passes a prediction by ``scheme`` takes.
+
+    Raises:
+        TypeError, ValueError: an argument is not as for :func:`predict`.
+    """
+    if scheme not in SCHEMES:
+        raise ValueError(f"{caller}: scheme must be one of {SCHEMES}, got {scheme!r}")
+    if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
+        raise ValueError(f"{caller}: num_samples must be a positive int, got {num_samples!r}")
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
+        raise TypeError(f"{caller}: seed must be an int or None, got {type(seed).__name__}")
+    return num_samples if scheme == "ensemble" else 1
+
+
+@contextlib.contextmanager
+def drawing(caller: str, model: nn.Module, scheme: str, seed: int | None, x=None):
+    """Every forward pass of ``model`` is one of those that a prediction by ``scheme`` takes."""
+    layer_scheme = "deterministic" if scheme == "deterministic" else "stochastic"
+    with evaluation_mode(caller, model), prediction(model, layer_scheme), seeded(seed, model, x):
+        yield
 
 
 @contextlib.contextmanager

@@ -68,6 +68,30 @@ def lrt_inputs(parameterization, shape=(17, 33, 63), dtype=F32, param_dtype=None
     return x, weight, scale, draw(out_features).to(param_dtype) if bias else None
 
 
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def lrt_conv_inputs(parameterization, case, dtype=F32, param_dtype=None, channels_last=False, seed=0):
+    """(x, weight, scale, bias) of a convolution in one memory format.
+
+    ``case`` is (shape of x, shape of weight, geometry): (stride, padding, dilation, transposed, output_padding, groups)
+    as ``lrt_conv`` takes it.
+    """
+    x_shape, weight_shape, geometry = case
+    generator = torch.Generator().manual_seed(seed)
+    param_dtype = param_dtype or dtype
+
+    def draw(size, dtype):
+        t = torch.randn(*size, generator=generator).to(dtype)
+        return t.contiguous(memory_format=CHANNELS_LAST[t.dim()]) if channels_last and t.dim() in CHANNELS_LAST else t
+
+    transposed, groups = geometry[3], geometry[5]
+    outputs = weight_shape[1] * groups if transposed else weight_shape[0]
+    weight = None if parameterization == "variance" else draw(weight_shape, param_dtype) * 0.3
+    shape = {"layer": (1,), "neuron": (outputs,)}.get(parameterization, weight_shape)
+    return draw(x_shape, dtype), weight, draw(shape, param_dtype) - 1, draw((outputs,), param_dtype)
+
+
 def double(tensors):
     return [t if t is None else t.double() for t in tensors]
 

@@ -231,7 +231,7 @@ ROWS = [
 
 
 def test_report_of_fixed_rows():
-    assert report.markdown(ROWS).splitlines() == [
+    assert report.sections(ROWS, report.markdown_table).splitlines() == [
         "Some CPU, avx512, 2 cores; torch 2.13.0; commit 012345678; 2026-05-01. Times in ms.",
         "",
         "**1 thread, CPU time.** Memory copy 13 GB/s; GEMM mm fp32 190 GFLOP/s.",
@@ -246,15 +246,17 @@ def test_report_of_fixed_rows():
 
 def test_speedup_is_over_the_strongest_baseline_target_over_eager():
     slower = [row | {"over_ours": row["median_ms"] / 0.75} for row in ROWS if row["family"] == "noise"]
-    assert "| 2.67x | 5x missed |" in report.markdown(slower)  # 2 / 0.75 over torch, 3 / 0.75 over eager
+    assert "| 2.67x | 5x missed |" in report.sections(
+        slower, report.markdown_table
+    )  # 2 / 0.75 over torch, 3 / 0.75 over eager
     losing = [row | {"over_ours": row["median_ms"] / 8.0} for row in ROWS if row["family"] == "noise"]
-    assert "| 0.25x | 5x missed |" in report.markdown(losing)
+    assert "| 0.25x | 5x missed |" in report.sections(losing, report.markdown_table)
 
 
 def test_failures_are_named():
     failed = result("ours", 1.0) | measure.empty_figures("RuntimeError: no")
     rows = [*(row | {"over_ours": None} for row in ROWS[:3]), failed]
-    text = report.markdown(rows)
+    text = report.sections(rows, report.markdown_table)
     assert "| failed | - | 5x missed | - |" in text
     assert "- failed: philox_normal 1048576 fp32 forward, ours: RuntimeError: no" in text
 
@@ -263,7 +265,7 @@ def test_saved_memory_is_set_against_its_target():
     case = next(case for case in cases.load("lrt") if case.saved_target is not None)
     key = {"family": "lrt", "op": case.op, "variant": case.variant, "shape": list(case.shape), "mode": case.mode}
     rows = [result("eager", 4.0, saved_mib=40.0, **key), result("ours", 2.0, saved_mib=16.0, **key)]
-    assert "| 40.0 | 16.0 | 40% | 30% missed |" in report.markdown(rows)
+    assert "| 40.0 | 16.0 | 40% | 30% missed |" in report.sections(rows, report.markdown_table)
 
 
 def test_terminal_table_fits_a_hundred_columns():
@@ -298,9 +300,28 @@ def test_pictures_are_the_same_from_the_same_rows_and_linked(tmp_path):
     content = first.read_bytes()
     assert first.name == "some-cpu-avx512-2-cores-noise.svg"
     assert report.pictures(rows, tmp_path) == [first] and first.read_bytes() == content
-    assert report.markdown(rows).endswith(f"![{first.stem}](benchmarks/results/{first.name})")
+    assert report.performance_page(rows).endswith(f"![{first.stem}](../benchmarks/results/{first.name})\n")
 
 
-def test_readme_shows_the_newest_results():
-    section = report.readme_section((ROOT / "README.md").read_text())
-    assert section == report.markdown(report.newest(report.read())), "run `python -m benchmarks.report --readme`"
+def test_documents_show_the_newest_results():
+    newest = report.newest(report.read())
+    section = report.readme_section(report.README.read_text())
+    assert section == report.headlines(newest), "run `python -m benchmarks.report --readme`"
+    page = report.PERFORMANCE.read_text()
+    assert page == report.performance_page(newest), "run `python -m benchmarks.report --readme`"
+
+
+def test_readme_has_headlines_on_one_thread_and_the_page_everything():
+    (case, *_), other = (
+        [c for c in cases.load("noise") if c.headline],
+        next(c for c in cases.load("noise") if not c.headline),
+    )
+    rows = [
+        row | {"op": c.op, "variant": c.variant, "shape": list(c.shape), "dtype": c.dtype, "mode": c.mode, "threads": n}
+        for row in ROWS
+        for c in (case, other)
+        for n in (1, 2)
+    ]
+    shown, page = report.headlines(rows), report.performance_page(rows)
+    assert shown.count("| philox_normal") == 1 and "1 thread" in shown and "2 pinned" not in shown
+    assert page.count("| philox_normal") == 4 and "2 pinned" in page

@@ -85,14 +85,6 @@ def test_tied_weights_share_their_noise(calls):
     torch.testing.assert_close(lsf.kl_divergence(model), model[0].kl())
 
 
-def test_tied_embedding_stays_tied():
-    model = nn.ModuleDict({"embedding": nn.Embedding(9, 5), "head": nn.Linear(5, 9)})
-    model["head"].weight = model["embedding"].weight
-    lsf.to_lrt(model)
-    assert model["head"].weight is model["embedding"].weight
-    assert lsf.conversion_report(model).left == {"embedding": "Embedding: there is no stochastic layer for it"}
-
-
 def test_shared_module_is_converted_everywhere():
     shared = nn.Linear(5, 5)
     model = nn.Sequential(shared, nn.ReLU(), shared)
@@ -112,7 +104,13 @@ def test_report_of_what_was_left(caplog):
             "normed": nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)),
             "pruned": nn.utils.prune.random_unstructured(nn.Linear(4, 4), "weight", 0.5),
             "conv": nn.Conv2d(3, 3, 3),
+            "deconv": nn.ConvTranspose2d(3, 3, 3),
+            "embedding": nn.Embedding(3, 3),
+            "bag": nn.EmbeddingBag(3, 3),
+            "bilinear": nn.Bilinear(3, 3, 3),
+            "lazy_norm": nn.LazyBatchNorm1d(),
             "recurrent": nn.GRU(4, 4),
+            "quantised": torch.ao.nn.quantized.Linear(4, 4),
             "skipped": nn.Linear(4, 4),
             "norm": nn.LayerNorm(4),
         }
@@ -123,14 +121,17 @@ def test_report_of_what_was_left(caplog):
     with caplog.at_level(logging.INFO, logger="losssurf_fast"):
         lsf.to_lrt(model, "layer", exclude="skipped")
     report = lsf.conversion_report(model)
-    assert report.converted == {"plain": "layer"}
+    assert report.converted == {"plain": "layer", "conv": "layer", "deconv": "layer"}
     left = report.left
     assert left.pop("skipped") == "not selected by include and exclude"
     assert left.pop("own") == "OwnForward has a forward of its own"
     assert left.pop("named") == "OwnName is a subclass of nn.Linear, whose class and methods would be lost"
     assert left.pop("complex") == "Linear: there is no noise in torch.complex64"
     assert left.pop("patched") == "Linear has a forward of its own"
-    assert left.pop("conv") == "Conv2d: there is no stochastic convolution yet"
+    assert left.pop("embedding").startswith("an nn.Embedding is converted where include matches it")
+    assert left.pop("bag") == "EmbeddingBag: there is no stochastic layer for it"
+    assert left.pop("bilinear") == "Bilinear: there is no stochastic layer for it"
+    assert left.pop("quantised") == "Linear: quantised, and there is no stochastic layer for it"
     assert left.pop("lazy") == "LazyLinear: its sizes are unknown until a first forward"
     assert left.pop("normed").endswith("its weight is computed (parametrized, pruned or normalised)")
     assert left.pop("pruned").endswith("its weight is computed (parametrized, pruned or normalised)")
@@ -139,7 +140,7 @@ def test_report_of_what_was_left(caplog):
     warnings = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
     assert len(warnings) == 1
     assert "own: OwnForward has a forward of its own" in warnings[0]
-    assert "skipped" not in warnings[0]
+    assert "skipped" not in warnings[0] and "embedding:" not in warnings[0]
     assert type(model["own"]) is OwnForward
     assert type(model["named"]) is OwnName
 
@@ -182,7 +183,7 @@ def test_bad_initial_value_leaves_the_model_alone(parameterization, value, error
 
 def test_failure_on_the_way_leaves_the_model_alone(monkeypatch):
     starts = iter([torch.zeros(1)])  # the second layer finds none
-    monkeypatch.setattr("losssurf_fast.conversion.initial_scale", lambda *arguments: next(starts))
+    monkeypatch.setattr("losssurf_fast.conversion.stochastic.initial_scale", lambda *arguments: next(starts))
     model = mlp()
     with pytest.raises(StopIteration):
         lsf.to_lrt(model, "layer")
@@ -223,10 +224,10 @@ def test_report_through_a_wrapper():
         (
             lambda: lsf.to_lrt(mlp(), include="fc*"),
             ValueError,
-            r"pattern 'fc\*' matches no nn.Linear; the model has 0, 2",
+            r"pattern 'fc\*' matches no layer; the model has 0, 2",
         ),
         (lambda: lsf.to_lrt(mlp(), exclude=[nn.Linear]), TypeError, "exclude must hold names or patterns, got type"),
-        (lambda: lsf.to_lrt(nn.Sequential(nn.Conv1d(1, 1, 1))), ValueError, "has no nn.Linear to convert"),
+        (lambda: lsf.to_lrt(nn.Sequential(nn.Embedding(1, 1))), ValueError, "has no layer to convert"),
         (lambda: lsf.to_lrt(lsf.to_lrt(mlp())), ValueError, "already an LRTLinear"),
         (lambda: lsf.conversion_report(mlp()), ValueError, "to_lrt was not called on this Sequential"),
     ],
@@ -249,9 +250,9 @@ def test_transformer_encoder_draws_noise(parameterization):
     model, x = encoder(), torch.randn(3, 5, 8)
     lsf.to_lrt(model, parameterization, init_log_sigma2=None)
     report = lsf.conversion_report(model)
-    assert set(report.converted) == {f"layers.{i}.linear{j}" for i in (0, 1) for j in (1, 2)}
-    assert "without calling it" in report.left["layers.0.self_attn.out_proj"]
-    assert "its projections are no nn.Linear" in report.left["layers.0.self_attn"]
+    names = ("linear1", "linear2", "self_attn", "self_attn.out_proj")
+    assert set(report.converted) == {f"layers.{i}.{name}" for i in (0, 1) for name in names}
+    assert report.left == {}
     padding = torch.zeros(3, 5, dtype=torch.bool)
     padding[0, 3:] = True
     model.eval()
@@ -269,12 +270,17 @@ def test_transformer_encoder_deterministic_is_the_plain_one():
         torch.testing.assert_close(lsf.to_lrt(model)(x), expected)
 
 
-def test_multihead_attention_stays_plain():
-    model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2), "head": nn.Linear(8, 2)})
+def test_attention_that_stays_keeps_its_output_plain():
+    attention = nn.MultiheadAttention(8, 2)
+    attention.forward = attention.forward
+    model = nn.ModuleDict({"attention": attention, "head": nn.Linear(8, 2)})
     lsf.to_lrt(model)
-    assert not isinstance(model["attention"].out_proj, lsf.nn.LRTLinear)
+    assert not isinstance(attention.out_proj, lsf.nn.LRTLinear)
+    left = lsf.conversion_report(model).left
+    assert left["attention"] == "MultiheadAttention has a forward of its own"
+    assert "without calling it" in left["attention.out_proj"]
     with pytest.raises(ValueError, match="reads its weight without calling it"):
-        lsf.to_lrt(nn.MultiheadAttention(8, 2))
+        lsf.to_lrt(nn.MultiheadAttention(8, 2), include="out_proj")
 
 
 def test_noise_that_would_be_lost_is_an_error():
@@ -282,7 +288,9 @@ def test_noise_that_would_be_lost_is_an_error():
     attention.out_proj = lsf.nn.LRTLinear(8, 8)
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
     layer.linear1 = lsf.nn.LRTLinear(8, 16)
-    for model, message in ((attention, "out_proj is a stochastic layer"), (layer, "fast path")):
+    fast = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    fast.self_attn = lsf.nn.LRTMultiheadAttention(8, 2, batch_first=True)
+    for model, message in ((attention, "out_proj is a stochastic layer"), (layer, "fast path"), (fast, "fast path")):
         for call in (lsf.kl_divergence, lambda m: lsf.predict(m, torch.zeros(1, 1, 8))):
             with pytest.raises(RuntimeError, match=message):
                 call(model)

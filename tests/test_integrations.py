@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
-from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerControl, TrainerState, TrainingArguments
 
 import losssurf_fast as lsf
 from losssurf_fast.integrations import lightning as for_lightning
@@ -364,3 +364,13 @@ def test_the_package_imports_neither():
     code = "import sys, losssurf_fast; print([m for m in ('lightning', 'transformers') if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout == "[]\n"
+
+
+def test_gpt2s_conv1d_is_listed_as_left():
+    """transformers' Conv1D is a linear layer with a transposed weight, and no torch layer."""
+    model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=50, n_positions=16))
+    report = lsf.conversion_report(lsf.to_lrt(model))
+    layers = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    for layer in layers:
+        assert report.left[f"transformer.h.0.{layer}"] == "Conv1D: there is no stochastic layer for it"
+    assert report.converted["lm_head"] == "additive" and model.lm_head.weight is model.transformer.wte.weight

@@ -39,6 +39,16 @@ class Scratch {
     return out;
   }
 
+  // Laid out like t, which is dense.
+  at::Tensor empty_like(const at::Tensor& t, at::ScalarType dtype) {
+    return empty({t.numel()}, t.options().dtype(dtype)).as_strided(t.sizes(), t.strides());
+  }
+
+  // What was taken after mark() may be given out again after release() of it.
+  size_t mark() const { return next_; }
+  void release(size_t mark) { next_ = mark; }
+  static constexpr int64_t kLargest = 16 << 20;
+
   // t in `dtype`, contiguous: t itself where it is that already.
   at::Tensor cast(const at::Tensor& t, at::ScalarType dtype) {
     if (t.scalar_type() == dtype) return t.contiguous();
@@ -46,7 +56,6 @@ class Scratch {
   }
 
  private:
-  static constexpr int64_t kLargest = 16 << 20;
   static constexpr size_t kSlots = 12;
   size_t next_ = 0;
 };

@@ -3,6 +3,7 @@
 #include "block_float_kernels.h"
 #include "curve_kernels.h"
 #include "curve_linear_kernels.h"
+#include "gaussian_weights_kernels.h"
 #include "kl_kernels.h"
 #include "lrt_kernels.h"
 #include "noise_kernels.h"
@@ -29,4 +30,6 @@ const Kernels LSF_ISA = {
     max_magnitude,
     block_float_quantize,
     block_float_dequantize,
+    gaussian_weights,
+    gaussian_weights_backward,
 };

@@ -29,10 +29,42 @@ struct Matrix {
   DType dtype;
 };
 
-// exp(log_alpha), fp32: one per column (stride 1), one for all (stride 0), or none (null) where var is whole.
+// exp(log_alpha), fp32: one per channel (stride 1), one for all (stride 0), or none (null) where var is whole.
 struct Alpha {
   const float* data;
   int stride;
+};
+
+// What the rows and columns of an lrt output are, as it lies in memory. Channels have a bias and an alpha.
+enum class LrtLayout {
+  features,        // [M, O]: rows and columns of the noise; columns are channels
+  channels_first,  // [N O, positions]: rows and columns of the noise; rows are channels
+  channels_last,   // [N positions, O]: the other way round in each sample; columns are channels
+};
+
+// The noise of an lrt output: channel c of sample n has noise row n channels_total + c, features have row and column.
+struct LrtNoise {
+  NoiseStream stream;
+  LrtLayout layout = LrtLayout::features;
+  int64_t channels = 0, channels_total = 0, positions = 0;  // O, at least O, and a sample's columns
+};
+
+// out = mean + bias + sqrt(max(alpha var, 0) + 1e-16) noise; mean.data and bias may be null. A tile crosses no sample,
+// unless channels are first and all there; where they are last, it begins at a whole quad of positions.
+struct LrtSample {
+  LrtNoise noise;
+  Matrix mean;
+  const float* bias;
+  Alpha alpha;
+  Matrix var, out;
+};
+
+// grad_var = alpha grad noise / (2 sqrt(alpha var + 1e-16))
+struct LrtSampleBackward {
+  LrtNoise noise;
+  Matrix grad;
+  Alpha alpha;
+  Matrix var, grad_var;
 };
 
 // A flat array, for the elementwise passes over parameters and activations.
@@ -73,6 +105,18 @@ struct SwagParameter {
   bool past_caches;            // out is too large to be read from there
 };
 
+// A tensor of Gaussian weights: ops/gaussian_weights.py.
+struct GaussianTensor {
+  NoiseStream noise;    // column i is that of weight i
+  Array weight;         // the means; data is null where they are 0
+  Array scale;          // log_alpha where the noise is multiplicative, else log_sigma2
+  int64_t run;          // weights that an element of scale covers
+  bool multiplicative;
+  bool has_kl;          // whether the KL is taken weight by weight
+  KL kl;
+  Prior prior;
+};
+
 // Weights on a curve: out = sum_j coefficients[j] bends[j].
 struct CurveSum {
   const void* const* bends;
@@ -109,12 +153,10 @@ struct Kernels {
   void (*philox_normal)(NoiseStream, Tile, Matrix out);
   // out[4 * i + k] = word k of the counter (counters[4 * i], ..., counters[4 * i + 3])
   void (*philox_words)(uint64_t seed, const int64_t* counters, int64_t n, int64_t* out);
-  // out = mean + bias + sqrt(max(alpha var, 0) + 1e-16) noise; mean.data and bias may be null
-  void (*lrt_sample)(NoiseStream, Tile, Matrix mean, const float* bias, Alpha, Matrix var, Matrix out);
-  // grad_var = alpha grad noise / (2 sqrt(alpha var + 1e-16)); adds each column's sum of grad to bias_sums and
-  // of grad_var var to alpha_sums, where these are not null
-  void (*lrt_sample_backward)(NoiseStream, Tile, Matrix grad, Alpha, Matrix var, Matrix grad_var, float* bias_sums,
-                              float* alpha_sums);
+  void (*lrt_sample)(const LrtSample&, Tile);
+  // Adds the sums of grad and of grad_var var to bias_sums and alpha_sums, where these are not null: of each of the
+  // tile's columns, or rows where channels are first.
+  void (*lrt_sample_backward)(const LrtSampleBackward&, Tile, float* bias_sums, float* alpha_sums);
   void (*map)(Map, int64_t n, const Array* in, const Array* out);
   // Sum of the KL of at most kTile elements; in[1].data may be null. slopes[k] = dKL / din[k], where slopes is not null.
   double (*kl_sum)(KL, Prior, int64_t n, const Array* in, const Array* slopes);
@@ -142,6 +184,12 @@ struct Kernels {
   void (*block_float_quantize)(const NoiseStream* noise, int64_t n, Array x, int exponent, int word_length,
                                void* mantissa);
   void (*block_float_dequantize)(int64_t n, const void* mantissa, int exponent, int word_length, float* out);
+  // out = weights [begin, begin + n), drawn; returns their KL
+  double (*gaussian_weights)(const GaussianTensor&, int64_t begin, int64_t n, Array out);
+  // Gradients of weights [begin, begin + n) from that of the draw and that of the KL; null ones are not wanted. Where an
+  // element of scale covers several weights, what each contributes is added up in `sums` instead, from the first one on.
+  void (*gaussian_weights_backward)(const GaussianTensor&, int64_t begin, int64_t n, Array grad, float grad_kl,
+                                    Array grad_weight, Array grad_scale, double* sums);
 };
 
 // Kernels of the best instruction set of this CPU, or of the one chosen by use_instruction_set.

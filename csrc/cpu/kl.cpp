@@ -7,6 +7,7 @@
 #include <tuple>
 #include <vector>
 
+#include "kl.h"
 #include "tiles.h"
 
 namespace losssurf {
@@ -60,7 +61,8 @@ Term log_uniform_approximate(double log_alpha) {
   return {a.value + k1 * s, a.slope - k1 * k3 * s * sigmoid(k2 + k3 * log_alpha)};
 }
 
-// kl_sum of kernels.h in double precision; weight may be null, slopes hold one pointer per input or none.
+}  // namespace
+
 double kl_sum_double(KL kind, double prior_std, int64_t n, const double* param, const double* weight, double* slope,
                      double* slope_weight) {
   double sum = 0;
@@ -86,6 +88,8 @@ double kl_sum_double(KL kind, double prior_std, int64_t n, const double* param, 
   }
   return sum;
 }
+
+namespace {
 
 // ---- lists ------------------------------------------------------------------------------------------------
 

@@ -1,6 +1,5 @@
 """Predictions by an ensemble of a model's weights, each with BatchNorm statistics of its own."""
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -11,8 +10,10 @@ from torch import nn
 from torch.utils.data import DataLoader, RandomSampler
 
 from losssurf_fast.averaging.batch_norm import call_on_batch, jointly, tracking_layers, update_bn
+from losssurf_fast.ensembling import OnlineEnsemble
 from losssurf_fast.loaders import refuse_single_pass
-from losssurf_fast.prediction import evaluation_mode, log_softmax
+from losssurf_fast.outputs import class_logits
+from losssurf_fast.prediction import evaluation_mode
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class Ensemble:
 
     @torch.no_grad()
     def mean_of_softmax(self, members: Iterable[AbstractContextManager]) -> torch.Tensor:
-        """Class probabilities ``[..., classes]``, accumulated as a log-mean-exp.
+        """Class probabilities ``[..., classes]``, by an :class:`losssurf_fast.OnlineEnsemble`.
 
         Args:
             members: each has its weights in ``model`` for a ``with`` block.
@@ -89,20 +90,19 @@ class Ensemble:
         Raises:
             TypeError, ValueError: the outputs are no logits, or there are no data or members.
         """
-        total, count = None, 0
+        ensemble = OnlineEnsemble(entropies=False)
         with evaluation_mode("predict", self.model):
             for member in members:
                 with member:
                     if self.recalibrated:
                         options = {"forward_kwargs": self.forward_kwargs, "process_group": self.process_group}
                         update_bn(self.bn_loader, self.model, self.device, subset=self.subset, **options)
-                    log_probs = self.jointly(self._log_probabilities)
-                total, count = log_probs if total is None else torch.logaddexp(total, log_probs), count + 1
-        return (total - math.log(count)).exp()
+                    self.jointly(lambda: ensemble.update(self._logits()))
+        return ensemble.probs
 
-    def _log_probabilities(self) -> torch.Tensor:
+    def _logits(self) -> torch.Tensor:
         batches = (call_on_batch("predict", self.model, b, self.device, self.forward_kwargs) for b in self.batches)
-        outputs = [log_softmax(logits) for logits in batches]
+        outputs = [class_logits("predict", logits) for logits in batches]
         if not outputs:
             raise ValueError("predict: data must yield at least one batch, got none")
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)

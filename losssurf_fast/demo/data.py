@@ -1,6 +1,7 @@
 """The demo's data: scikit-learn's bundled digits, or MNIST by way of torchvision."""
 
 import dataclasses
+import importlib
 
 import torch
 
@@ -23,15 +24,20 @@ class Data:
         return self.test_y.bincount().max().item() / len(self.test_y)
 
 
-def load(name: str, root: str | None) -> Data:
-    return {"digits": _digits, "mnist": _mnist}[name](root)
+def load(name: str, root: str | None, caller: str = "demo") -> Data:
+    """The data called "digits" or "mnist"; ``caller`` is the command that messages name.
+
+    Raises:
+        SystemExit: a package is missing, or the data are not in ``root`` and cannot be downloaded.
+    """
+    return {"digits": _digits, "mnist": _mnist}[name](root, caller)
 
 
-def _digits(root: str | None) -> Data:
+def _digits(root: str | None, caller: str) -> Data:
     try:
         from sklearn.datasets import load_digits
     except ImportError:
-        raise SystemExit("demo: needs scikit-learn for its digits; pip install scikit-learn") from None
+        raise SystemExit(f"{caller}: needs scikit-learn for its digits; pip install scikit-learn") from None
     digits = load_digits()
     images = torch.tensor(digits.data, dtype=torch.float32)
     labels = torch.tensor(digits.target, dtype=torch.int64)
@@ -41,21 +47,30 @@ def _digits(root: str | None) -> Data:
     return _standardised("digits", images[:split], labels[:split], images[split:], labels[split:], side=8)
 
 
-def _mnist(root: str | None) -> Data:
+def _mnist(root: str | None, caller: str) -> Data:
+    parts = [part for d in torchvision_sets("MNIST", root, caller) for part in (d.data.float().flatten(1), d.targets)]
+    return _standardised("mnist", *parts, side=28)
+
+
+def torchvision_sets(name: str, root: str | None, caller: str) -> tuple:
+    """Training and test set of the class ``torchvision.datasets.<name>``, from ``root`` or downloaded to it.
+
+    Raises:
+        SystemExit: torchvision is missing, or the data are not in ``root`` and cannot be downloaded.
+    """
+    flag = name.lower()
     try:
-        from torchvision.datasets import MNIST
+        datasets = importlib.import_module("torchvision.datasets")
     except ImportError:
         raise SystemExit(
-            "demo: --data mnist needs torchvision;\npip install torchvision, or use --data digits"
+            f"{caller}: --data {flag} needs torchvision;\npip install torchvision, or use --data digits"
         ) from None
     if root is None:
-        raise SystemExit("demo: --data mnist needs --root DIR,\nwhere MNIST lies or is downloaded to")
+        raise SystemExit(f"{caller}: --data {flag} needs --root DIR,\nwhere {name} lies or is downloaded to")
     try:
-        train, test = MNIST(root, train=True, download=True), MNIST(root, train=False, download=True)
+        return tuple(getattr(datasets, name)(root, train=train, download=True) for train in (True, False))
     except (OSError, RuntimeError) as error:
-        raise SystemExit(f"demo: MNIST is not in {root} and could not be downloaded:\n{error}") from error
-    parts = [part for d in (train, test) for part in (d.data.float().flatten(1), d.targets)]
-    return _standardised("mnist", *parts, side=28)
+        raise SystemExit(f"{caller}: {name} is not in {root} and could not be downloaded:\n{error}") from error
 
 
 def _standardised(name, train_x, train_y, test_x, test_y, side) -> Data:

@@ -13,10 +13,14 @@ NETWORKS = ("dropout", "layer", "neuron", "weight", "additive", "variance")
 
 
 class Dropout(StochasticLayer):
-    """Binary dropout with probability 1/2 that follows ``lsf.prediction``."""
+    """Binary dropout that follows ``lsf.prediction``."""
+
+    def __init__(self, probability: float = 0.5) -> None:
+        super().__init__()
+        self.probability = probability
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.dropout(x, 0.5, training=self.draws_noise)
+        return F.dropout(x, self.probability, training=self.draws_noise)
 
 
 class EagerLRT(nn.Module):

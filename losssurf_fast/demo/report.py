@@ -34,23 +34,23 @@ def table(results: list[Result]) -> str:
     return "\n".join([line(*COLUMNS), "-" * 52, *(line(*row) for row in rows(results))])
 
 
-def prepare_folder(folder: Path, names: Iterable[str]) -> None:
-    """Make ``folder``, so that nothing is in the way of the pictures ``names`` once the training is done.
+def prepare_folder(folder: Path, names: Iterable[str], caller: str = "demo") -> None:
+    """Make ``folder``, so that nothing is in the way of the files ``names`` once the training is done.
 
     Raises:
-        SystemExit: the pictures cannot be saved there.
+        SystemExit: the files cannot be saved there; the message begins with ``caller``.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
-        raise SystemExit(f"demo: --out must be a folder, {folder} is none") from None
+        raise SystemExit(f"{caller}: --out must be a folder, {folder} is none") from None
     except OSError as error:
-        raise SystemExit(f"demo: --out {folder} cannot be made: {error.strerror}") from None
+        raise SystemExit(f"{caller}: --out {folder} cannot be made: {error.strerror}") from None
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise SystemExit(f"demo: --out {folder} cannot be written to")
+        raise SystemExit(f"{caller}: --out {folder} cannot be written to")
     for name in names:
         if (folder / name).is_dir():
-            raise SystemExit(f"demo: {name} in --out {folder} must be a file, it is a folder")
+            raise SystemExit(f"{caller}: {name} in --out {folder} must be a file, it is a folder")
 
 
 def save_pictures(folder: Path, figures: dict) -> list[Path]:
@@ -94,7 +94,7 @@ def _table_figure(results: list[Result], data: str):
     return figure
 
 
-_COLOURS = {
+COLOURS = {
     "dropout": "#222222", "layer": "#c6dbef", "neuron": "#9ecae1", "weight": "#4292c6", "additive": "#08519c",
     "variance": "#d7301f",
 }  # fmt: skip
@@ -107,7 +107,7 @@ def _training_figure(results: list[Result], chance: float):
         for r in results:
             curve = [100 * value for value in getattr(r, f"curve_{scheme}")]
             strong = r.network in ("dropout", "variance")
-            axes.plot(r.epochs, curve, color=_COLOURS[r.network], lw=2 if strong else 1.4, label=r.network)
+            axes.plot(r.epochs, curve, color=COLOURS[r.network], lw=2 if strong else 1.4, label=r.network)
         axes.axhline(100 * chance, color="#888888", lw=0.8, ls=":")
         axes.set_title(scheme, fontsize=11)
         axes.set_xlabel("epoch")

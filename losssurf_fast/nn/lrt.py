@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 from losssurf_fast.nn.stochastic import StochasticLayer
+from losssurf_fast.nn.weight_space import Drawn, sample_output
+from losssurf_fast.ops.gaussian_weights import log_sigma2_of
 from losssurf_fast.ops.lrt import PARAMETERIZATIONS
 
 INIT_LOG_ALPHA = -5.0  # that of Neklyudov et al., "Variance networks"
@@ -35,69 +37,90 @@ class Posterior:
         """log of the variances, of the weight's shape, in the scale's dtype."""
         if self.parameterization in ("additive", "variance"):
             return self.scale
-        alpha = self.spread(self.scale) if self.parameterization == "neuron" else self.scale
-        weight = self.weight.to(self.scale.dtype)
-        return alpha + weight.square().clamp(min=torch.finfo(weight.dtype).tiny).log()
+        return log_sigma2_of(self.weight, self.spread(self.scale) if self.parameterization == "neuron" else self.scale)
 
 
 class LRTLayer(StochasticLayer):
     """Base of the layers whose weights are Gaussian; a subclass also derives from the torch layer it replaces.
 
-    A subclass says how many :attr:`outputs` it has, which dimension of its weight they are (:meth:`spread`), how it
-    computes with given weights (:meth:`plain`) and how it draws by local reparameterization (:meth:`local`).
+    A subclass says which weights are Gaussian and how many outputs they have (:meth:`gaussian_weights`), along which
+    dimension those are (:meth:`spread`), how it computes with given weights (:meth:`plain`) and how it draws by local
+    reparameterization (:meth:`local`).
+    ``nn/weight_space.py`` has the other ways to draw, which :attr:`sampling` chooses: "local", "weights", "flipout".
     """
 
     parameterization: str
     init_log_sigma2: float | None
     init_log_alpha: float | None
     sampling: str = "local"
+    drawn: Drawn | None = None  # the weights that lsf.sample_weights has it compute with, by their posteriors' names
 
     def become_stochastic(
         self,
         parameterization: str,
         init_log_sigma2: float | None = None,
         init_log_alpha: float | None = None,
-        scale: nn.Parameter | None = None,
+        scale: nn.Parameter | dict[str, nn.Parameter] | None = None,
     ) -> None:
-        """Add ``scale`` (a new one if None) to what the torch layer has; a "variance" layer gives up its weight."""
+        """Add ``scale`` (a new one if None) to what the torch layer has; a "variance" layer gives up its weight.
+
+        A layer of several Gaussian weights takes their scales by the weights' names.
+        """
         self.parameterization = parameterization
         self.init_log_sigma2, self.init_log_alpha = init_log_sigma2, init_log_alpha
-        if scale is None:
-            start = initial_scale(self.weight, parameterization, init_log_sigma2, init_log_alpha, self.outputs)
-            scale = nn.Parameter(start, requires_grad=self.weight.requires_grad)
-        self.register_parameter(self.scale_name, scale)
-        if parameterization == "variance":
-            self.weight = None
+        given = scale if isinstance(scale, dict) else {"weight": scale}
+        for name, outputs in self.gaussian_weights(self).items():
+            weight, scale = getattr(self, name), given.get(name)
+            if scale is None:
+                start = initial_scale(weight, parameterization, init_log_sigma2, init_log_alpha, outputs)
+                scale = nn.Parameter(start, requires_grad=weight.requires_grad)
+            self.register_parameter(self.scale_name_of(name), scale)
+            if parameterization == "variance":
+                setattr(self, name, None)
 
     def reset_parameters(self) -> None:
         """Draw new initial values, as after ``to_empty`` of a layer made on the meta device."""
         if not hasattr(self, "parameterization"):  # called by the torch layer's own constructor
-            super().reset_parameters()
+            self.reset_torch_parameters()
             return
-        weightless = self.weight is None
-        if weightless:  # the weight that a variance layer starts from
-            self.weight = nn.Parameter(torch.empty_like(self.scale))
+        weightless = self.parameterization == "variance"
+        gaussian = self.gaussian_weights(self)
+        if weightless:  # the weights that a variance layer starts from
+            for name in gaussian:
+                setattr(self, name, nn.Parameter(torch.empty_like(getattr(self, self.scale_name_of(name)))))
+        self.reset_torch_parameters()
+        start = (self.parameterization, self.init_log_sigma2, self.init_log_alpha)
+        for name, outputs in gaussian.items():
+            with torch.no_grad():
+                getattr(self, self.scale_name_of(name)).copy_(initial_scale(getattr(self, name), *start, outputs))
+            if weightless:
+                setattr(self, name, None)
+
+    def reset_torch_parameters(self) -> None:
+        """What the torch layer calls ``reset_parameters``."""
         super().reset_parameters()
-        start = (self.parameterization, self.init_log_sigma2, self.init_log_alpha, self.outputs)
-        with torch.no_grad():
-            self.scale.copy_(initial_scale(self.weight, *start))
-        if weightless:
-            self.weight = None
+
+    @staticmethod
+    def gaussian_weights(layer: nn.Module) -> dict[str, int]:
+        """Names of the weights that are Gaussian -> outputs, the length of a "neuron" ``log_alpha``.
+
+        ``layer`` is one of this class, or of the torch class that it replaces.
+        """
+        raise NotImplementedError
 
     @property
     def scale_name(self) -> str:
         """Name of the parameter that holds the noise: "log_alpha" or "log_sigma2"."""
         return "log_sigma2" if self.parameterization in ("additive", "variance") else "log_alpha"
 
+    def scale_name_of(self, weight_name: str) -> str:
+        """:attr:`scale_name` of one weight of several: "in_proj_log_alpha" for "in_proj_weight"."""
+        return weight_name.removesuffix("weight") + self.scale_name
+
     @property
     def scale(self) -> nn.Parameter:
         """``log_alpha`` or ``log_sigma2``, as :attr:`scale_name` says."""
         return getattr(self, self.scale_name)
-
-    @property
-    def outputs(self) -> int:
-        """Output features or channels: the length of a "neuron" layer's ``log_alpha``."""
-        raise NotImplementedError
 
     def spread(self, scale: torch.Tensor) -> torch.Tensor:
         """A scale ``[O]``, broadcastable to the weight ``[O, ...]``."""
@@ -105,17 +128,31 @@ class LRTLayer(StochasticLayer):
 
     def posteriors(self) -> list[Posterior]:
         """The Gaussian weights of this layer, those of its children excluded."""
-        return [Posterior("weight", self.weight, self.scale, self.parameterization, self.spread)]
+        return [
+            Posterior(
+                name, getattr(self, name), getattr(self, self.scale_name_of(name)), self.parameterization, self.spread
+            )
+            for name in self.gaussian_weights(self)
+        ]
 
     def forward(self, input: torch.Tensor, seed: int | torch.Tensor | None = None) -> torch.Tensor:
         """As the torch layer's forward.
 
         ``seed`` (int or 0-d int64 tensor) fixes the noise; by default one is drawn from torch's default generator.
-        Pass it through ``torch.utils.checkpoint`` where that is told not to preserve the generator's state.
+        Pass it through ``torch.utils.checkpoint`` where that is told not to preserve the generator's state. Inside
+        ``with lsf.sample_weights(model):`` the weights are drawn already and no other noise is.
         """
-        return self.local(input, seed) if self.draws_noise else self.plain(input, self.weight)
+        return self.respond(input, seed)
 
-    def plain(self, input: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+    def respond(self, input: torch.Tensor, seed: int | torch.Tensor | None, **geometry) -> torch.Tensor:
+        """A draw or the mean; ``geometry`` is what a layer's own forward tells its :meth:`local` and :meth:`plain`."""
+        if self.drawn is not None:
+            return self.plain(input, self.drawn["weight"], **geometry)
+        if self.draws_noise:
+            return sample_output(self, input, seed, **geometry)
+        return self.plain(input, self.weight, **geometry)
+
+    def plain(self, input: torch.Tensor, weight: torch.Tensor | None, with_bias: bool = True) -> torch.Tensor:
         """The torch layer's output with ``weight``, which has the weight's shape; None stands for zeros."""
         raise NotImplementedError
 
@@ -130,11 +167,14 @@ class LRTLayer(StochasticLayer):
         return kl_divergence(self, prior, exact=exact, prior_std=prior_std)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, parameterization={self.parameterization!r}"
+        own = [f"parameterization={self.parameterization!r}"]
+        if self.sampling != "local":
+            own.append(f"sampling={self.sampling!r}")
+        return ", ".join([*filter(None, [super().extra_repr()]), *own])
 
     def _apply(self, fn, recurse=True):
-        scale = self._parameters.get(self.scale_name)  # None where it is parametrized
-        kept = set() if scale is None else {id(scale), id(scale.grad)}
+        scales = [self._parameters.get(self.scale_name_of(name)) for name in self.gaussian_weights(self)]
+        kept = {id(t) for scale in scales if scale is not None for t in (scale, scale.grad)}  # None: parametrized
 
         def keep_wide(tensor):
             out = fn(tensor)

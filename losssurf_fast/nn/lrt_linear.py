@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from losssurf_fast import ops
 from losssurf_fast.nn.lrt import LRTLayer, check_parameterization
+from losssurf_fast.nn.weight_space import check_sampling
 from losssurf_fast.ops.lrt import check_activations, check_parameters
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -25,6 +26,8 @@ class LRTLinear(LRTLayer, nn.Linear):
             of weight^2, so that all parameterizations start with about the same noise. "variance" has none.
         init_log_sigma2: first value of log_sigma2 for "additive" and "variance"; by default the former follows
             ``init_log_alpha`` and the latter is the log of the squared weights that ``nn.Linear`` would start with.
+        sampling: how it draws: "local", of the outputs, "weights", one draw of the weights for the whole batch, or
+            "flipout", that with random signs for each sample (its first dimension).
 
     ``log_alpha`` and ``log_sigma2`` are float32 also in half-precision models (float64 in float64 ones) and stay so
     under ``.half()`` and ``.to(dtype)``. A plain ``nn.Linear``'s state_dict loads with ``strict=False``; "variance"
@@ -32,7 +35,8 @@ class LRTLinear(LRTLayer, nn.Linear):
 
     Raises:
         TypeError: an initial value is no real number.
-        ValueError: unknown parameterization, or an initial value that it does not have or that is not finite.
+        ValueError: unknown parameterization or sampling, or an initial value that it does not have or that is not
+            finite.
     """
 
     def __init__(
@@ -46,34 +50,46 @@ class LRTLinear(LRTLayer, nn.Linear):
         dtype=None,
         init_log_sigma2: float | None = None,
         init_log_alpha: float | None = None,
+        sampling: str = "local",
     ) -> None:
+        check_sampling("LRTLinear", sampling)
         check_parameterization("LRTLinear", parameterization, init_log_sigma2, init_log_alpha)
         nn.Linear.__init__(self, in_features, out_features, bias, device, dtype)
         self.become_stochastic(parameterization, init_log_sigma2, init_log_alpha)
+        self.sampling = sampling
 
-    @property
-    def outputs(self) -> int:
-        return self.out_features
+    @staticmethod
+    def gaussian_weights(layer: nn.Module) -> dict[str, int]:
+        return {"weight": layer.out_features}
 
     def local(self, input: torch.Tensor, seed: int | torch.Tensor | None) -> torch.Tensor:
         return ops.lrt_linear(
             input, self.weight, self.scale, self.bias, parameterization=self.parameterization, seed=seed
         )
 
-    def plain(self, input: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
-        check_activations(input)
-        if weight is None:
-            return self._bias_alone(input)
-        bias = self.bias
-        if input.dtype in _HALF:  # float32 parameters beside half-precision activations, as in lrt_linear
-            weight = weight.to(input.dtype)
-            bias = bias if bias is None else bias.to(input.dtype)
-        return F.linear(input, weight, bias)
+    def plain(self, input: torch.Tensor, weight: torch.Tensor | None, with_bias: bool = True) -> torch.Tensor:
+        return linear_mean(input, weight, self.scale, self.bias if with_bias else None)
 
-    def _bias_alone(self, input: torch.Tensor) -> torch.Tensor:
-        device = input.device.type
-        if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
-            input = input.to(torch.get_autocast_dtype(device))
-        check_parameters(input, None, self.scale, self.bias, self.parameterization)  # nothing else would complain
-        out = input.new_zeros(*input.shape[:-1], self.out_features)
-        return out if self.bias is None else out + self.bias.to(input.dtype)
+
+def linear_mean(
+    input: torch.Tensor, weight: torch.Tensor | None, scale: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """``F.linear`` with the checks of ``lrt_linear``; where ``weight`` is None, ``scale`` has its shape."""
+    check_activations(input)
+    if weight is not None:
+        return F.linear(input, *in_dtype_of(input, weight, bias))
+    device = input.device.type
+    if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
+        input = input.to(torch.get_autocast_dtype(device))
+    check_parameters(input, None, scale, bias, "variance")  # nothing else would complain
+    out = input.new_zeros(*input.shape[:-1], scale.shape[0])
+    return out if bias is None else out + bias.to(input.dtype)
+
+
+def in_dtype_of(
+    input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Parameters for the library: float32 ones beside half-precision activations, as in lrt_linear, are cast."""
+    if input.dtype not in _HALF:
+        return weight, bias
+    return weight.to(input.dtype), None if bias is None else bias.to(input.dtype)

@@ -35,7 +35,8 @@ def stochastic_layers(model: nn.Module, caller: str) -> list[StochasticLayer]:
         elif isinstance(module, nn.MultiheadAttention) and isinstance(module.out_proj, StochasticLayer):
             raise RuntimeError(
                 f"{caller}: {_join(name, 'out_proj')} is a stochastic layer, but nn.MultiheadAttention reads its "
-                "weight without calling it, so it would draw no noise; put a plain nn.Linear there"
+                "weight without calling it, so it would draw no noise; put a plain nn.Linear there, or convert the "
+                "attention with to_lrt"
             )
         elif fast_path_skips_noise(module):
             raise RuntimeError(
@@ -49,7 +50,7 @@ def fast_path_skips_noise(module: nn.Module) -> bool:
     """Whether this is an encoder layer whose fast path, still on, would pass over stochastic layers."""
     if not isinstance(module, nn.TransformerEncoderLayer) or not module.activation_relu_or_gelu:
         return False
-    return any(isinstance(child, StochasticLayer) for child in (module.linear1, module.linear2))
+    return any(isinstance(child, StochasticLayer) for child in (module.linear1, module.linear2, module.self_attn))
 
 
 def _join(prefix: str, name: str) -> str:

@@ -7,6 +7,7 @@ from losssurf_fast.ops.averaging import ema_, lerp_
 from losssurf_fast.ops.block_float import block_float, block_float_dequantize, block_float_quantize
 from losssurf_fast.ops.curve import curve_coefficients, curve_weights
 from losssurf_fast.ops.curve_linear import curve_linear
+from losssurf_fast.ops.gaussian_weights import gaussian_weights
 from losssurf_fast.ops.kl import kl_ard, kl_log_uniform, kl_normal
 from losssurf_fast.ops.lrt import lrt_linear
 from losssurf_fast.ops.lrt_conv_functions import (
@@ -42,6 +43,7 @@ __all__ = [
     "curve_linear",
     "curve_weights",
     "ema_",
+    "gaussian_weights",
     "kl_ard",
     "kl_log_uniform",
     "kl_normal",

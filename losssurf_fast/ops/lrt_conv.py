@@ -160,26 +160,7 @@ define(
 )
 
 
-def _lrt_conv_setup(ctx, inputs, output):
-    x, weight, scale, bias, seed, ctx.parameterization, *ctx.geometry = inputs
-    ctx.save_for_backward(x, weight, scale, output[1], seed)
-    ctx.bias_dtype = None if bias is None else bias.dtype
-    ctx.mark_non_differentiable(output[1])
-
-
-def _lrt_conv_autograd(ctx, grad, _):
-    x, weight, scale, var, seed = ctx.saved_tensors
-    has_bias, needed = ctx.bias_dtype is not None, ctx.needs_input_grad[:4]
-    grads = torch.ops.losssurf_fast.lrt_conv_backward.default(
-        grad, x, weight, scale, has_bias, var, seed, ctx.parameterization, list(needed), *ctx.geometry
-    )
-    grads = [g if need else None for g, need in zip(grads, needed, strict=True)]
-    if grads[3] is not None:
-        grads[3] = grads[3].to(ctx.bias_dtype)
-    return (*grads, *[None] * 11)
-
-
-register_autograd("lrt_conv", _lrt_conv_autograd, _lrt_conv_setup)
+# The autograd formula of lrt_conv is csrc/lrt_autograd.cpp; it calls lrt_conv_backward, whose own formula follows.
 
 
 def _lrt_conv_backward_setup(ctx, inputs, output):

@@ -18,16 +18,22 @@ _BANDS = 10
 def contour_figure(
     surface: Surface, path: str | os.PathLike | None, metric: str | None, *, log: bool, vmax: float | None
 ):
+    width, height = np.ptp(surface.xs), np.ptp(surface.ys)
+    figure = new_figure(*_size(height / width))
+    draw_contours(figure, figure.add_subplot(), surface, metric, log=log, vmax=vmax)
+    return finish(figure, path, framed=True)
+
+
+def draw_contours(
+    figure, axes, surface: Surface, metric: str | None = None, *, log: bool = True, vmax: float | None = None
+) -> None:
+    """The picture of :meth:`Surface.plot` in one panel of a figure."""
     values, name = shown(surface, metric)
     vmax = None if vmax is None else vmax * (100 if name.endswith("(%)") else 1)
     finite = values[np.isfinite(values)]
     if finite.size == 0:
         raise ValueError(f"Surface.plot: {name} has no finite values to show")
-    levels = contour_levels(finite, log=log, vmax=vmax)
-    width, height = np.ptp(surface.xs), np.ptp(surface.ys)
-    figure = new_figure(*_size(height / width))
-    axes = figure.add_subplot()
-    _fill(figure, axes, surface, values, levels, name)
+    _fill(figure, axes, surface, values, contour_levels(finite, log=log, vmax=vmax), name)
     _draw_paths(axes, surface)
     _draw_marks(axes, surface)
     axes.set_aspect("equal")
@@ -37,7 +43,6 @@ def contour_figure(
     axes.set_ylabel("distance in weight space")
     if surface.trajectories:
         axes.legend(loc="best", fontsize=8, framealpha=0.9)
-    return finish(figure, path, framed=True)
 
 
 def shown(measurements: Measurements, metric: str | None) -> tuple[np.ndarray, str]:

@@ -1,0 +1,146 @@
+"""Draws of a whole model's weights, where one draw must serve a whole batch, and how its layers sample otherwise."""
+
+import contextlib
+
+import torch
+from torch import nn
+
+from losssurf_fast.averaging.tensors import plain_name, unwrap
+from losssurf_fast.nn.lrt import LRTLayer
+from losssurf_fast.nn.stochastic import stochastic_layers
+from losssurf_fast.nn.weight_space import Drawn, check_sampling, draw_posteriors
+from losssurf_fast.objective import check_prior, model_posteriors
+from losssurf_fast.ops.noise import as_seed, check_stream
+from losssurf_fast.undoing import afterwards
+
+
+class WeightSample:
+    """One draw of a model's Gaussian weights; inside ``with draw:`` the model computes with it.
+
+    Attributes:
+        weights: the drawn tensors by name, as ``state_dict`` of a plain model calls them; those that layers share once.
+            They are differentiable in the model's parameters, which are left alone.
+        kl: KL divergence of the weights' posterior from the prior, a differentiable scalar.
+        seed: 0-d int64 tensor, which draws the same again.
+
+    The block may be entered again, inside itself or later, and be left by an exception; what was in force before it
+    is so after it. A layer has no other noise in it, whatever ``train()``, ``eval()``, ``lsf.prediction`` and
+    ``sampling`` say; a copy or a pickle of the model that is made in it has none of the draw.
+    """
+
+    def __init__(self, weights: dict[str, torch.Tensor], kl, seed, layers: list[tuple[LRTLayer, Drawn]]) -> None:
+        self.weights, self.kl, self.seed = weights, kl, seed
+        self._layers = layers
+        self._blocks: list[contextlib.ExitStack] = []
+
+    def __enter__(self) -> "WeightSample":
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._installed())
+            self._blocks.append(stack.pop_all())
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._blocks.pop().__exit__(*exception)
+
+    @contextlib.contextmanager
+    def _installed(self):
+        before = [layer.drawn for layer, _ in self._layers]
+
+        def switch(drawn: list[Drawn | None]) -> None:
+            for (layer, _), weights in zip(self._layers, drawn, strict=True):
+                layer.drawn = weights
+
+        with afterwards(lambda: switch(before)):
+            switch([drawn for _, drawn in self._layers])
+            yield
+
+    def __repr__(self) -> str:
+        return f"WeightSample({len(self.weights)} tensors, seed={self.seed.item()})"
+
+
+def sample_weights(
+    model: nn.Module,
+    seed: int | torch.Tensor | None = None,
+    *,
+    prior: str | None = "normal",
+    prior_std: float = 1.0,
+    exact: bool = True,
+    sample: int = 0,
+) -> WeightSample:
+    """Draw every Gaussian weight of ``model`` at once, with the KL divergence from their prior, in one pass::
+
+        with lsf.sample_weights(model) as draw:
+            loss = F.cross_entropy(model(x), y) + draw.kl / num_data
+        loss.backward()
+
+    All samples of a batch, and all batches inside the block, see the same weights. Blundell et al., "Weight
+    uncertainty in neural networks", ICML 2015; ``ops/gaussian_weights.py`` has the formulas.
+
+    Args:
+        model: a module with LRT layers, in any wrapper (compile, DistributedDataParallel).
+        seed: an int, a 0-d int64 tensor or None to draw one from the default generator. In distributed training a
+            seed that all ranks share gives them the same weights; by default each rank draws its own.
+        prior: "normal" (N(0, prior_std^2)), "log_uniform", "ard" as in :func:`lsf.kl_divergence`, or None, with which
+            ``kl`` is 0.
+        exact: False takes the three-constant approximation of the log-uniform KL.
+        sample: which of 2^32 independent draws of this seed.
+
+    The noise of tensor i is row i, in the order of ``model.named_modules()``; layers that share their weights draw them
+    once. The model must be on one device.
+
+    Raises:
+        TypeError, ValueError: not a module, unknown prior, a bad number or seed, or a model without such layers or with
+            one whose parameters are on the meta device.
+    """
+    caller = "sample_weights"
+    if prior is not None:
+        check_prior(caller, prior, prior_std)
+    check_stream(caller, 0, 0, sample, 0)
+    model = unwrap(model)
+    posteriors = model_posteriors(model, caller)
+    devices = {str(p.scale.device): None for p in posteriors}
+    if len(devices) > 1:
+        raise ValueError(f"{caller}: {type(model).__name__} must be on one device, got {', '.join(devices)}")
+    seed = as_seed(caller, seed, posteriors[0].scale.device)
+    family = "none" if prior is None else prior
+    if prior == "log_uniform" and not exact:
+        family = "log_uniform_approximate"
+    width = prior_std if prior == "normal" else 1.0
+    drawn, kl = draw_posteriors(posteriors, seed, prior=family, prior_std=width, sample=sample)
+    by_scale = {id(p.scale): weight for p, weight in zip(posteriors, drawn, strict=True)}
+    weights, layers = {}, []
+    for name, layer in _lrt_layers(model):
+        own = Drawn((p.name, by_scale[id(p.scale)]) for p in layer.posteriors())
+        layers.append((layer, own))
+        for leaf, weight in own.items():
+            if not any(weight is other for other in weights.values()):
+                weights[plain_name(f"{name}.{leaf}" if name else leaf)] = weight
+    return WeightSample(weights, kl, seed, layers)
+
+
+def _lrt_layers(model: nn.Module) -> list[tuple[str, LRTLayer]]:
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, LRTLayer)]
+
+
+def set_sampling(model: nn.Module, sampling: str) -> nn.Module:
+    """Let the LRT layers of ``model`` sample in one way, and return it; ``nn/weight_space.py`` has the formulas.
+
+    Args:
+        model: a module with LRT layers, as ``lsf.to_lrt`` makes it.
+        sampling: "local" (of outputs, the default), "weights" (one draw of a layer's weights for the whole batch) or
+            "flipout" (that with random signs for each sample, the first dimension of a layer's input). Each layer still
+            follows ``train()``, ``eval()`` and ``lsf.prediction``, and draws anew in each forward;
+            :func:`lsf.sample_weights` makes one draw of all layers that outlives a forward.
+
+    Raises:
+        TypeError, ValueError: not a module, unknown sampling, or a model without such layers.
+    """
+    check_sampling("set_sampling", sampling)
+    layers = [layer for layer in stochastic_layers(model, "set_sampling") if isinstance(layer, LRTLayer)]
+    if not layers:
+        raise ValueError(
+            f"set_sampling: {type(model).__name__} has no stochastic layers; convert it with lsf.to_lrt first"
+        )
+    for layer in layers:
+        layer.sampling = sampling
+    return model
