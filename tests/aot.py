@@ -14,7 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import triton
@@ -53,6 +53,7 @@ class Case:
     budget: int = 255  # registers
     dot: bool = False
     wide_copies: bool = False  # every copy to shared memory is asynchronous and of 16 bytes
+    wide_accesses: tuple[int, int] = (0, 0)  # at least so many loads and stores of global memory are of 16 bytes
 
 
 def compile_case(case: Case, arch: int) -> dict:
@@ -69,7 +70,7 @@ def compile_case(case: Case, arch: int) -> dict:
             else:
                 attributes[(index,)] = [["tt.divisibility", 16]]
         else:
-            kinds = dict.fromkeys(PLACE_ARGUMENTS, "i64") | dict.fromkeys(FLOAT_ARGUMENTS, "fp32")
+            kinds = dict.fromkeys((*PLACE_ARGUMENTS, "rows_total"), "i64") | dict.fromkeys(FLOAT_ARGUMENTS, "fp32")
             signature[name] = kinds.get(name, "i32")
             if name not in (*kinds, "steps", "first"):
                 attributes[(index,)] = [["tt.divisibility", 16]]
@@ -96,6 +97,9 @@ def compile_case(case: Case, arch: int) -> dict:
         "budget": case.budget,
         "dot": case.dot,
         "wide_copies": case.wide_copies,
+        "wide_accesses": case.wide_accesses,
+        "loads": len(re.findall(r"\bLDG\.\S*\b128\b", sass)),
+        "stores": len(re.findall(r"\bSTG\.\S*\b128\b", sass)),
         **found,
         "serialised": sorted(set(re.findall(r"C75\d\d", log))),
         "copies": len(re.findall(r"\bLDGSTS\.", sass)),
@@ -109,6 +113,7 @@ def compile_case(case: Case, arch: int) -> dict:
 # ---- cases ---------------------------------------------------------------------------------------------------------
 
 TILE = {"SHIFT": 0, "BLOCK_M": 8, "BLOCK_N": 128}
+FORMATS = {"linear": TILE, "contiguous": TILE, "channels_last": {"SHIFT": 0, "BLOCK_M": 128, "BLOCK_N": 8}}
 
 
 def elementwise_cases() -> list[Case]:
@@ -119,18 +124,27 @@ def elementwise_cases() -> list[Case]:
         sums = {"sum_grad_ptr": "fp32", "sum_alpha_ptr": "fp32"}
         operands = {"weight_ptr": "fp32", "scale_ptr": "fp32", "cast_ptr": t, "sigma2_ptr": t}
         operand_grads = {"grad_cast_ptr": t, "grad_sigma2_ptr": t, "grad_weight_ptr": "fp32", "grad_scale_ptr": "fp32"}
-        alpha = {**TILE, "ALPHA": "neuron"}
         cases += [
             Case(f"philox_normal {t}", noise_triton._philox_normal_kernel, {"out_ptr": t, "seed_ptr": "i64"}, TILE,
                  EXACT, 40),
-            Case(f"lrt_sample {t}", lrt_sample_triton._lrt_sample_kernel, streams, alpha, EXACT, 56),
-            Case(f"lrt_sample_backward {t}", lrt_sample_triton._lrt_sample_backward_kernel, grads | sums,
-                 {**alpha, "LIMIT": 3.4e38}, EXACT, 104),
             Case(f"operands {t}", lrt_linear_triton._operands_kernel, operands,
                  {"PARAMETERIZATION": "weight", "BLOCK": lrt_linear_triton.ELEMENTS}, {}, 40),
             Case(f"operands_backward {t}", lrt_linear_backward_triton._operands_backward_kernel,
                  operands | operand_grads, {"BLOCK": lrt_linear_triton.ELEMENTS}, {}, 48),
         ]  # fmt: skip
+        for memory_format, tile in FORMATS.items():
+            choices = {**tile, "FORMAT": memory_format, "ALPHA": "neuron"}
+            wide = (2, 1) if t == "bf16" else (4, 2)  # all of the streams
+            forward = Case(f"lrt_sample {memory_format} {t}", lrt_sample_triton._lrt_sample_kernel, streams, choices,
+                           EXACT, 56, wide_accesses=wide)  # fmt: skip
+            backward = Case(f"lrt_sample_backward {memory_format} {t}", lrt_sample_triton._lrt_sample_backward_kernel,
+                            grads | sums, choices | {"LIMIT": 3.4e38}, EXACT, 104, wide_accesses=wide)  # fmt: skip
+            cases += [forward, backward]
+            # Triton makes a size of 1 a constant, and a constant is not a tensor.
+            ones = {"rows": 1, "cols": 1, "BLOCK_M": 1, "BLOCK_N": 4}
+            for case, sizes in ((forward, ones), (backward, ones | {"batch": 1})):
+                cases.append(replace(case, name=f"{case.name}, sizes 1", constants=case.constants | sizes,
+                                     wide_accesses=(0, 0)))  # fmt: skip
     return cases
 
 

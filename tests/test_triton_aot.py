@@ -49,6 +49,8 @@ def test_compiles_within_budget(compiled, arch):
         assert (kernel["mma"] > 0) == kernel["dot"], kernel
         if kernel["wide_copies"]:  # no: the compiler lost sight of what is contiguous, and does not pipeline
             assert kernel["copies"] > 0 and kernel["narrow_copies"] == 0, kernel
+        loads, stores = kernel["wide_accesses"]
+        assert kernel["loads"] >= loads and kernel["stores"] >= stores, kernel
         assert kernel["instructions"] > 32, kernel  # not a stub, which has 16; scaling has 40
     # The check for serialised wgmma sees one where there is one.
     assert bool(control["serialised"]) == (arch == 90), control

@@ -26,6 +26,7 @@ if importlib.util.find_spec("triton"):
     from losssurf_fast.ops import (  # noqa: F401
         curve_linear_triton,
         kl_triton,
+        lrt_conv_triton,
         lrt_linear_backward_triton,
         lrt_linear_triton,
         lrt_sample_triton,

@@ -25,8 +25,31 @@ from losssurf_fast.ops.lrt_linear_triton import (
     operands,
     variance_operand,
 )
-from losssurf_fast.ops.lrt_sample_triton import exact_exp, sample_backward_pass
+from losssurf_fast.ops.lrt_sample_triton import exact_exp, matrix_view, sample_backward_pass
 from losssurf_fast.ops.lrt_strategy import Tile, parameter_tile
+
+# ---- from output to operands ---------------------------------------------------------------------------------------
+
+
+def parameter_gradients(weight, scale, parameterization, needed):
+    """(dtype of weight's gradient, dtype of scale's by way of sigma^2, whether sigma^2's is needed); None for none."""
+    weight_dtype = weight.dtype if needed[1] else None
+    scale_dtype = scale.dtype if needed[2] and parameterization not in OUTPUT_ALPHA else None
+    return weight_dtype, scale_dtype, scale_dtype is not None or (needed[1] and parameterization != "additive")
+
+
+def output_gradients(grad, var, scale, seed, view, dtype, parameterization, needs_var, needed, has_bias, place):
+    """Gradients to (var in ``dtype``, bias, scale of "layer" and "neuron"), None where not needed."""
+    alpha = parameterization if parameterization in OUTPUT_ALPHA else "none"
+    grad_var, grad_bias, grad_scale = sample_backward_pass(
+        grad, var, scale, seed, view, dtype, torch.finfo(torch.float32).max, alpha, *place,
+        needs_var=needs_var, needs_bias=needed[3] and has_bias,
+        needs_alpha=needed[2] and alpha != "none",
+    )  # fmt: skip
+    if grad_scale is not None:
+        grad_scale = (grad_scale.sum(0, keepdim=True) if alpha == "layer" else grad_scale).to(scale.dtype)
+    return grad_var, grad_bias, grad_scale
+
 
 # ---- from operands to x and parameters -----------------------------------------------------------------------------
 
@@ -69,9 +92,12 @@ def _operands_backward_kernel(
 
 
 def _operands_backward(weight, scale, grad_cast, grad_sigma2, grad_weight_dtype, grad_scale_dtype):
-    """Gradients to (weight, scale) from those to their operands; None where the dtype is None."""
+    """Gradients to (weight, scale) from those to their operands; None where the dtype is None.
+
+    All are dense and lie in memory alike.
+    """
     grads = [
-        None if dtype is None else torch.empty(grad_sigma2.shape, dtype=dtype, device=grad_sigma2.device)
+        None if dtype is None else torch.empty_like(grad_sigma2, dtype=dtype)
         for dtype in (grad_weight_dtype, grad_scale_dtype)
     ]
     with device_guard(grad_sigma2):
@@ -81,6 +107,23 @@ def _operands_backward(weight, scale, grad_cast, grad_sigma2, grad_weight_dtype,
     return grads
 
 
+def grad_x_of(x, through_mean, through_var):
+    """Gradient to x from those to x and x^2."""
+    return _operands_backward(x, None, through_mean, through_var, x.dtype, None)[0]
+
+
+def grad_parameters_of(weight, scale, grad_weight, grad_sigma2, parameterization, weight_dtype, scale_dtype):
+    """(grad_weight, grad_scale) from the gradients to w and sigma^2, in the dtypes given, None for none."""
+    if grad_sigma2 is None:
+        return grad_weight.to(weight_dtype), None
+    if parameterization == "additive":  # sigma^2 does not depend on weight
+        _, grad_scale = _operands_backward(None, scale, None, grad_sigma2, None, scale_dtype)
+        return None if weight_dtype is None else grad_weight.to(weight_dtype), grad_scale
+    if parameterization in OUTPUT_ALPHA:
+        scale = None
+    return _operands_backward(weight, scale, grad_weight, grad_sigma2, weight_dtype, scale_dtype)
+
+
 # ---- library GEMMs -------------------------------------------------------------------------------------------------
 
 
@@ -88,8 +131,7 @@ def grad_input_gemms(grad, grad_var, x, weight, scale, parameterization):
     operand = operand_dtype(x.dtype)
     w, sigma2 = operands(weight, scale, parameterization, operand)
     through_mean = None if w is None else grad.to(operand) @ w
-    grad_x, _ = _operands_backward(x, None, through_mean, grad_var @ sigma2, x.dtype, None)
-    return grad_x
+    return grad_x_of(x, through_mean, grad_var @ sigma2)
 
 
 def grad_parameters_gemms(grad, grad_var, x, weight, scale, parameterization, weight_dtype, scale_dtype):
@@ -97,14 +139,8 @@ def grad_parameters_gemms(grad, grad_var, x, weight, scale, parameterization, we
     operand = operand_dtype(x.dtype)
     a, a2 = operands(x, None, "layer", operand)
     grad_weight = None if weight_dtype is None else grad.to(operand).t() @ a
-    if grad_var is None:
-        return grad_weight.to(weight_dtype), None
-    if parameterization == "additive":  # sigma^2 does not depend on weight
-        _, grad_scale = _operands_backward(None, scale, None, grad_var.t() @ a2, None, scale_dtype)
-        return None if weight_dtype is None else grad_weight.to(weight_dtype), grad_scale
-    if parameterization in OUTPUT_ALPHA:
-        scale = None
-    return _operands_backward(weight, scale, grad_weight, grad_var.t() @ a2, weight_dtype, scale_dtype)
+    grad_sigma2 = None if grad_var is None else grad_var.t() @ a2
+    return grad_parameters_of(weight, scale, grad_weight, grad_sigma2, parameterization, weight_dtype, scale_dtype)
 
 
 # ---- dual accumulators ---------------------------------------------------------------------------------------------
@@ -256,28 +292,20 @@ def lrt_linear_backward_triton(
 
 def backward_passes(grad, x, weight, scale, has_bias, var, seed, parameterization, needed, place, tile: Tile | None):
     """Gradients by the dual-accumulator kernels in ``tile``, by library GEMMs without one; inputs contiguous."""
-    needs_x, needs_weight, needs_scale, needs_bias = needed
-    alpha = parameterization if parameterization in OUTPUT_ALPHA else "none"
-    weight_dtype = weight.dtype if needs_weight else None
-    scale_dtype = scale.dtype if needs_scale and alpha == "none" else None
-    needs_sigma2 = scale_dtype is not None or (needs_weight and parameterization != "additive")
-    grad_var, grad_bias, grad_scale = sample_backward_pass(
-        grad, var, scale, seed, operand_dtype(x.dtype), torch.finfo(torch.float32).max, alpha, *place,
-        needs_var=needs_x or needs_sigma2, needs_bias=needs_bias and has_bias,
-        needs_alpha=needs_scale and alpha != "none",
+    weight_dtype, scale_dtype, needs_sigma2 = parameter_gradients(weight, scale, parameterization, needed)
+    grad_var, grad_bias, grad_scale = output_gradients(
+        grad, var, scale, seed, matrix_view(var), operand_dtype(x.dtype), parameterization, needed[0] or needs_sigma2,
+        needed, has_bias, place,
     )  # fmt: skip
-    if grad_scale is not None:
-        grad_scale = (grad_scale.sum(0, keepdim=True) if alpha == "layer" else grad_scale).to(scale.dtype)
-
     grad_x = grad_weight = None
     inputs = (x, weight, scale, parameterization)
-    if needs_x:
+    if needed[0]:
         grad_x = (
             grad_input_gemms(grad, grad_var, *inputs)
             if tile is None
             else grad_input_dual(grad, grad_var, *inputs, tile)
         )
-    if needs_weight or needs_sigma2:
+    if needed[1] or needs_sigma2:
         inputs = (grad, grad_var if needs_sigma2 else None, *inputs, weight_dtype, scale_dtype)
         if tile is None:
             grad_weight, found = grad_parameters_gemms(*inputs)

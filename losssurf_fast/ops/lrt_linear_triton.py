@@ -17,8 +17,10 @@ from losssurf_fast.ops.lrt import lrt_linear_reference, operand_dtype
 from losssurf_fast.ops.lrt_sample_triton import (
     _EPSILON,
     exact_exp,
+    matrix_view,
     nonnegative,
     output_alpha,
+    output_of,
     sample_pass,
 )
 from losssurf_fast.ops.lrt_strategy import Tile, dual_tile, linear_strategy
@@ -67,9 +69,11 @@ def _operands_kernel(
 
 
 def operands(weight, scale, parameterization, dtype) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """(weight, sigma^2) in ``dtype`` from one pass over the parameters; of (x, None, "layer") the pair (x, x^2)."""
-    shape = (scale if weight is None else weight).shape
-    sigma2 = torch.empty(shape, dtype=dtype, device=(scale if weight is None else weight).device)
+    """(weight, sigma^2) in ``dtype`` from one pass over the parameters; of (x, None, "layer") the pair (x, x^2).
+
+    The parameters are dense and lie in memory alike; so do the results.
+    """
+    sigma2 = torch.empty_like(scale if weight is None else weight, dtype=dtype)
     cast = weight if weight is None or weight.dtype == dtype else torch.empty_like(sigma2)
     if sigma2.numel() > 0:
         with device_guard(sigma2):
@@ -161,7 +165,7 @@ def _lrt_linear_kernel(
     offs = offs_m[:, None] * O + offs_n[None, :]
     tl.store(var_ptr + offs, acc_var.to(OPERAND), mask=mask)
     eps = tile_normals(seed_ptr, offs_m, start_n, row_offset, first_quad, sample, BLOCK_N)
-    alpha = output_alpha(scale_ptr, offs_n, mask_n, PARAMETERIZATION)
+    alpha = output_alpha(scale_ptr, offs_n[None, :], mask_n[None, :], PARAMETERIZATION)
     y = acc_mean + tl.sqrt(nonnegative(acc_var * alpha) + _EPSILON) * eps
     if bias_ptr is not None:
         y += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
@@ -209,7 +213,8 @@ def linear_two_gemms(
     mean = None if w is None else a @ w.t()
     var = a2 @ sigma2.t()
     alpha = parameterization if parameterization in OUTPUT_ALPHA else "none"
-    y = sample_pass(mean, var, scale, bias, seed, x.dtype, alpha, row_offset, col_offset, sample)
+    y, view = output_of(mean, var, x.dtype), matrix_view(var)
+    y = sample_pass(mean, var, scale, bias, seed, y, view, alpha, row_offset, col_offset, sample)
     return y, var
 
 

@@ -1,24 +1,65 @@
-"""Triton kernels between variance and sample: ``lrt_sample``, its backward, and both as passes of ``lrt_linear``.
+"""Triton kernels between variance and sample: ``lrt_sample``, its backward, and both as passes of LRT layers.
 
-As a pass of ``lrt_linear`` the forward kernel also adds the bias and the "layer" and "neuron" forms scale the variance
-by alpha; the backward kernel also returns, in the same pass, the sums over rows that make the gradients of bias and of
-log_alpha. The sums are taken over ``ROWS_PER_SUM`` rows per program and added by torch: no atomics, the same bits
+As a pass of ``lrt_linear`` or ``lrt_conv`` the forward kernel also adds the bias and the "layer" and "neuron" forms
+scale the variance by alpha; the backward kernel also returns, in the same pass, the sums that make the gradients of
+bias and of log_alpha. A program sums up to ``TILES_PER_SUM`` tiles and torch adds their sums: no atomics, the same bits
 every time.
+
+Tensors are ``[batch, rows, cols]`` for the noise (:class:`View`): sample b's row r draws noise row
+``row_offset + b rows_total + r``. Features, which have a bias and an alpha each, are the columns of a linear layer's
+output ``[1, M, O]`` and the rows, or channels, of a convolution's ``[N, O, S]``. In the channels_last format rows are
+the axis whose elements are neighbours in memory, and a tile is higher than wide.
 """
+
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
 from losssurf_fast._library import attach, device_guard
-from losssurf_fast.ops.lrt import EPSILON, lrt_sample_backward_reference, lrt_sample_reference
+from losssurf_fast.ops.lrt_sample import EPSILON, lrt_sample_backward_reference, lrt_sample_reference
 from losssurf_fast.ops.noise_triton import EXACT, PLACE_ARGUMENTS, column_blocks, elementwise_tiles, tile_normals
 
-ROWS_PER_SUM = 128
+TILES_PER_SUM = 16
+PROGRAMS = 1024  # as many as a GPU can use; with fewer tiles each gets a program
 
 _EPSILON = tl.constexpr(EPSILON)
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LOG2_E_LOW = tl.constexpr(1.925963033500011e-08)  # log2(e) minus its fp32 rounding
+
+# ---- formats -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class View:
+    """How the kernels see a tensor. ``format``: "linear" (features are columns), "contiguous" or "channels_last"."""
+
+    batch: int
+    rows: int
+    cols: int
+    format: str
+    rows_total: int  # noise rows from one sample of the batch to the next
+
+    @property
+    def features(self) -> int:
+        return self.cols if self.format == "linear" else self.rows
+
+    def tiles(self, shift: int) -> dict[str, int]:
+        """Block sizes; along the axis whose elements are neighbours in memory a tile has whole cache lines."""
+        if self.format != "channels_last":
+            return elementwise_tiles(self.rows, self.cols + shift)[1]
+        blocks = elementwise_tiles(triton.cdiv(self.cols + shift, 4), self.rows, 256)[1]
+        return {"BLOCK_M": blocks["BLOCK_N"], "BLOCK_N": 4 * blocks["BLOCK_M"]}
+
+
+def matrix_view(matrix: torch.Tensor, channels: int = 0, channels_total: int = 0) -> View:
+    """View of ``[M, O]``; with ``channels``, its rows are those of ``[M / channels, channels]``."""
+    rows, cols = matrix.shape
+    if channels == 0:
+        return View(1, rows, cols, "linear", rows)
+    return View(rows // channels, channels, cols, "contiguous", channels_total)
+
 
 # ---- device functions ----------------------------------------------------------------------------------------------
 
@@ -33,12 +74,12 @@ def exact_exp(x):
 
 
 @triton.jit
-def output_alpha(scale_ptr, offs_n, mask_n, ALPHA: tl.constexpr):
-    """alpha of the output features, broadcastable to [BLOCK_M, BLOCK_N]; 1 where it is part of the variance."""
+def output_alpha(scale_ptr, feature, mask_feature, ALPHA: tl.constexpr):
+    """alpha of the features at offsets ``feature``, which broadcast to the tile; 1 where it is part of the variance."""
     if ALPHA == "layer":
         alpha = exact_exp(tl.load(scale_ptr).to(tl.float32))
     elif ALPHA == "neuron":
-        alpha = exact_exp(tl.load(scale_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32))[None, :]
+        alpha = exact_exp(tl.load(scale_ptr + feature, mask=mask_feature, other=0.0).to(tl.float32))
     else:
         alpha = 1.0
     return alpha
@@ -49,115 +90,171 @@ def nonnegative(x):
     return tl.where(x < 0.0, 0.0, x)  # unlike tl.maximum keeps NaN
 
 
+@triton.jit
+def row_offsets(block, rows, BLOCK_M: tl.constexpr):
+    """Rows of block number ``block`` (int64), and which of them exist."""
+    offs_m = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    return offs_m, offs_m < rows
+
+
+@triton.jit
+def column_offsets(block, cols, SHIFT: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Columns of block number ``block`` (int64), and which of them exist."""
+    offs_n = block * BLOCK_N + tl.arange(0, BLOCK_N) - SHIFT
+    return offs_n, (offs_n >= 0) & (offs_n < cols)
+
+
+@triton.jit
+def tile_offsets(b, offs_m, offs_n, rows, cols, FORMAT: tl.constexpr):
+    """Where the tile of sample ``b`` (int64) is in memory."""
+    if FORMAT == "channels_last":
+        offs = b * rows * cols + (offs_m[:, None] + offs_n[None, :] * rows)
+    else:
+        offs = b * rows * cols + (offs_m[:, None] * cols + offs_n[None, :])
+    return offs
+
+
 # ---- forward -------------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=PLACE_ARGUMENTS)
+@triton.jit(do_not_specialize=(*PLACE_ARGUMENTS, "rows_total"))
 def _lrt_sample_kernel(
-    mean_ptr,  # [M, O], or None for zero
-    var_ptr,  # [M, O]
-    scale_ptr,  # log_alpha [1] or [O], or None
-    bias_ptr,  # [O] or None
+    mean_ptr,  # [batch, rows, cols], or None for zero
+    var_ptr,  # [batch, rows, cols]
+    scale_ptr,  # log_alpha [1] or [features], or None
+    bias_ptr,  # [features] or None
     seed_ptr,
-    y_ptr,  # [M, O]
-    M,
-    O,  # noqa: E741
+    y_ptr,  # [batch, rows, cols]; may be mean_ptr
+    rows,
+    cols,
+    rows_total,
     row_offset,
     first_quad,
     sample,
     ALPHA: tl.constexpr,
+    FORMAT: tl.constexpr,
     SHIFT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    num_n = column_blocks(O, SHIFT, BLOCK_N)
-    start_n = (tl.program_id(0) % num_n).to(tl.int64) * BLOCK_N
-    offs_m = (tl.program_id(0) // num_n).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = start_n + tl.arange(0, BLOCK_N) - SHIFT
-    mask_n = (offs_n >= 0) & (offs_n < O)
-    mask = (offs_m < M)[:, None] & mask_n[None, :]
-    offs = offs_m[:, None] * O + offs_n[None, :]
+    num_m, num_n = column_blocks(rows, 0, BLOCK_M), column_blocks(cols, SHIFT, BLOCK_N)
+    block_n = (tl.program_id(0) % num_n).to(tl.int64)
+    offs_m, mask_m = row_offsets((tl.program_id(0) // num_n % num_m).to(tl.int64), rows, BLOCK_M)
+    offs_n, mask_n = column_offsets(block_n, cols, SHIFT, BLOCK_N)
+    b = (tl.program_id(0) // num_n // num_m).to(tl.int64)
+    mask = mask_m[:, None] & mask_n[None, :]
+    offs = tile_offsets(b, offs_m, offs_n, rows, cols, FORMAT)
+    if FORMAT == "linear":
+        feature, mask_feature = offs_n[None, :], mask_n[None, :]
+    else:
+        feature, mask_feature = offs_m[:, None], mask_m[:, None]
 
     var = tl.load(var_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    var *= output_alpha(scale_ptr, offs_n, mask_n, ALPHA)
-    eps = tile_normals(seed_ptr, offs_m, start_n, row_offset, first_quad, sample, BLOCK_N)
+    var *= output_alpha(scale_ptr, feature, mask_feature, ALPHA)
+    first_row = row_offset.to(tl.int64) + b * rows_total
+    eps = tile_normals(seed_ptr, offs_m, block_n * BLOCK_N, first_row, first_quad, sample, BLOCK_N)
     y = tl.sqrt(nonnegative(var) + _EPSILON) * eps
     if mean_ptr is not None:
         y += tl.load(mean_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     if bias_ptr is not None:
-        y += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+        y += tl.load(bias_ptr + feature, mask=mask_feature, other=0.0).to(tl.float32)
     tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-def sample_pass(mean, var, scale, bias, seed, dtype, alpha, row_offset, col_offset, sample) -> torch.Tensor:
-    """``mean + bias + sqrt(alpha var + 1e-16) eps`` ``[M, O]`` in ``dtype``; mean, scale, bias may be None.
+def sample_pass(mean, var, scale, bias, seed, y, view, alpha, row_offset, col_offset, sample) -> torch.Tensor:
+    """``mean + bias + sqrt(alpha var + 1e-16) eps`` into ``y``, which may be mean; mean, scale, bias may be None.
 
-    ``alpha`` is "layer", "neuron" or "none".
+    mean, var and y lie in memory as ``view`` says. ``alpha`` is "layer", "neuron" or "none".
     """
-    y = torch.empty(var.shape, dtype=dtype, device=var.device)
     if y.numel() == 0:
         return y
-    rows, cols = var.shape
     first_quad, shift = divmod(col_offset, 4)
-    programs, blocks = elementwise_tiles(rows, cols + shift)
+    blocks = view.tiles(shift)
+    programs = view.batch * triton.cdiv(view.rows, blocks["BLOCK_M"])
+    programs *= triton.cdiv(view.cols + shift, blocks["BLOCK_N"])
     with device_guard(var):
         _lrt_sample_kernel[(programs,)](
-            mean, var, scale, bias, seed, y, rows, cols, row_offset, first_quad, sample,
-            ALPHA=alpha, SHIFT=shift, **blocks, **EXACT,
+            mean, var, scale, bias, seed, y, view.rows, view.cols, view.rows_total, row_offset, first_quad, sample,
+            ALPHA=alpha, FORMAT=view.format, SHIFT=shift, **blocks, **EXACT,
         )  # fmt: skip
     return y
 
 
-def lrt_sample_triton(mean, var, seed, row_offset=0, col_offset=0, sample=0):
+def output_of(mean, var, dtype) -> torch.Tensor:
+    """Where the sample of intermediate ``mean`` and ``var`` goes: over mean if that has ``dtype``."""
+    return mean if mean is not None and mean.dtype == dtype else torch.empty_like(var, dtype=dtype)
+
+
+def lrt_sample_triton(mean, var, seed, row_offset=0, col_offset=0, sample=0, channels=0, channels_total=0):
     if mean.dtype == torch.float64:
-        return lrt_sample_reference(mean, var, seed, row_offset, col_offset, sample)
+        return lrt_sample_reference(mean, var, seed, row_offset, col_offset, sample, channels, channels_total)
+    mean, view = mean.contiguous(), matrix_view(mean, channels, channels_total)
     place = (row_offset, col_offset, sample)
-    return sample_pass(mean.contiguous(), var.contiguous(), None, None, seed, mean.dtype, "none", *place)
+    return sample_pass(mean, var.contiguous(), None, None, seed, torch.empty_like(mean), view, "none", *place)
 
 
 # ---- backward ------------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=(*PLACE_ARGUMENTS, "steps"))
+@triton.jit(do_not_specialize=(*PLACE_ARGUMENTS, "rows_total", "steps"))
 def _lrt_sample_backward_kernel(
-    grad_ptr,  # [M, O]
-    var_ptr,  # [M, O]
-    scale_ptr,  # log_alpha [1] or [O], or None
+    grad_ptr,  # [batch, rows, cols]
+    var_ptr,  # [batch, rows, cols]
+    scale_ptr,  # log_alpha [1] or [features], or None
     seed_ptr,
-    grad_var_ptr,  # [M, O], or None
-    sum_grad_ptr,  # fp32 [row groups, O], or None
-    sum_alpha_ptr,  # fp32 [row groups, O] of sum grad_var var, or None
-    M,
-    O,  # noqa: E741
+    grad_var_ptr,  # [batch, rows, cols], or None
+    sum_grad_ptr,  # fp32 [groups, features], or None
+    sum_alpha_ptr,  # fp32 [groups, features] of sum grad_var var, or None
+    batch,
+    rows,
+    cols,
+    rows_total,
     row_offset,
     first_quad,
     sample,
-    steps,  # tiles of BLOCK_M rows in a row group
+    steps,  # tiles in a group
     ALPHA: tl.constexpr,
+    FORMAT: tl.constexpr,
     LIMIT: tl.constexpr,  # the largest number of grad_var's dtype
     SHIFT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    num_n = column_blocks(O, SHIFT, BLOCK_N)
-    start_n = (tl.program_id(0) % num_n).to(tl.int64) * BLOCK_N
-    group = (tl.program_id(0) // num_n).to(tl.int64)
-    offs_n = start_n + tl.arange(0, BLOCK_N) - SHIFT
-    mask_n = (offs_n >= 0) & (offs_n < O)
-    alpha = output_alpha(scale_ptr, offs_n, mask_n, ALPHA)
+    num_n = column_blocks(cols, SHIFT, BLOCK_N)
+    # A program has one block of features, and takes the tiles along the other axis and the batch in turn.
+    if FORMAT == "linear":
+        blocks = num_n
+        block = (tl.program_id(0) % blocks).to(tl.int64)
+        features, mask_features = column_offsets(block, cols, SHIFT, BLOCK_N)
+        alpha = output_alpha(scale_ptr, features[None, :], mask_features[None, :], ALPHA)
+    else:
+        blocks = column_blocks(rows, 0, BLOCK_M)
+        block = (tl.program_id(0) % blocks).to(tl.int64)
+        features, mask_features = row_offsets(block, rows, BLOCK_M)
+        alpha = output_alpha(scale_ptr, features[:, None], mask_features[:, None], ALPHA)
+    group = (tl.program_id(0) // blocks).to(tl.int64)
     acc_grad = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     acc_alpha = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
 
     for step in range(steps):
-        offs_m = (group * steps + step) * BLOCK_M + tl.arange(0, BLOCK_M)
-        mask = (offs_m < M)[:, None] & mask_n[None, :]
-        offs = offs_m[:, None] * O + offs_n[None, :]
+        turn = group * steps + step
+        if FORMAT == "linear":
+            b, block_n = tl.full((), 0, tl.int64), block
+            offs_m, mask_m = row_offsets(turn, rows, BLOCK_M)
+            offs_n, mask_n = features, mask_features
+        else:
+            b, block_n = turn // num_n, turn % num_n
+            offs_m, mask_m = features, mask_features & (b < batch)
+            offs_n, mask_n = column_offsets(block_n, cols, SHIFT, BLOCK_N)
+        mask = mask_m[:, None] & mask_n[None, :]
+        offs = tile_offsets(b, offs_m, offs_n, rows, cols, FORMAT)
         grad = tl.load(grad_ptr + offs, mask=mask, other=0.0).to(tl.float32)
         if sum_grad_ptr is not None:
             acc_grad += grad
         if grad_var_ptr is not None or sum_alpha_ptr is not None:
             var = tl.load(var_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-            eps = tile_normals(seed_ptr, offs_m, start_n, row_offset, first_quad, sample, BLOCK_N)
+            first_row = row_offset.to(tl.int64) + b * rows_total
+            eps = tile_normals(seed_ptr, offs_m, block_n * BLOCK_N, first_row, first_quad, sample, BLOCK_N)
             # d y / d var = eps / (2 sqrt(var + 1e-16))
             grad_var = grad * eps * 0.5 * tl.rsqrt(nonnegative(var * alpha) + _EPSILON)
             grad_var = tl.where(grad_var > LIMIT, LIMIT, tl.where(grad_var < -LIMIT, -LIMIT, grad_var))
@@ -168,51 +265,54 @@ def _lrt_sample_backward_kernel(
             if sum_alpha_ptr is not None:
                 acc_alpha += grad_var * var
 
+    AXIS: tl.constexpr = 0 if FORMAT == "linear" else 1
+    width = cols if FORMAT == "linear" else rows
     if sum_grad_ptr is not None:
-        tl.store(sum_grad_ptr + group * O + offs_n, tl.sum(acc_grad, axis=0), mask=mask_n)
+        tl.store(sum_grad_ptr + group * width + features, tl.sum(acc_grad, axis=AXIS), mask=mask_features)
     if sum_alpha_ptr is not None:
-        tl.store(sum_alpha_ptr + group * O + offs_n, tl.sum(acc_alpha, axis=0), mask=mask_n)
+        tl.store(sum_alpha_ptr + group * width + features, tl.sum(acc_alpha, axis=AXIS), mask=mask_features)
 
 
 def sample_backward_pass(
-    grad, var, scale, seed, dtype, limit, alpha, row_offset, col_offset, sample, *, needs_var, needs_bias, needs_alpha
-) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """(grad_var ``[M, O]`` in ``dtype``, sum of grad ``[O]``, sum of grad_var var ``[O]``), None where not needed.
+    grad, var, scale, seed, view, dtype, limit, alpha, row_offset, col_offset, sample, *,
+    needs_var, needs_bias, needs_alpha,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:  # fmt: skip
+    """(grad_var in ``dtype``, sum of grad ``[features]``, sum of grad_var var ``[features]``), None where not needed.
 
-    M and O must not be 0. ``limit`` saturates grad_var before alpha.
+    grad and var lie in memory as ``view`` says and must not be empty. ``limit`` saturates grad_var before alpha.
     """
     if not (needs_var or needs_bias or needs_alpha):
         return None, None, None
-    rows, cols = var.shape
     first_quad, shift = divmod(col_offset, 4)
-    _, blocks = elementwise_tiles(rows, cols + shift)
+    blocks = view.tiles(shift)
+    num_m, num_n = triton.cdiv(view.rows, blocks["BLOCK_M"]), triton.cdiv(view.cols + shift, blocks["BLOCK_N"])
+    feature_blocks, turns = (num_n, num_m) if view.format == "linear" else (num_m, view.batch * num_n)
     steps = 1
     if needs_bias or needs_alpha:
-        steps = triton.cdiv(min(rows, ROWS_PER_SUM), blocks["BLOCK_M"])
-    groups = triton.cdiv(rows, blocks["BLOCK_M"] * steps)
-    programs = groups * triton.cdiv(cols + shift, blocks["BLOCK_N"])
-    grad_var = torch.empty(var.shape, dtype=dtype, device=var.device) if needs_var else None
+        steps = min(TILES_PER_SUM, max(1, feature_blocks * turns // PROGRAMS), turns)
+    groups = triton.cdiv(turns, steps)
+    grad_var = torch.empty_like(var, dtype=dtype) if needs_var else None
     sums = [
-        torch.empty((groups, cols), dtype=torch.float32, device=var.device) if needed else None
+        torch.empty((groups, view.features), dtype=torch.float32, device=var.device) if needed else None
         for needed in (needs_bias, needs_alpha)
     ]
     with device_guard(var):
-        _lrt_sample_backward_kernel[(programs,)](
-            grad, var, scale, seed, grad_var, *sums, rows, cols, row_offset, first_quad, sample, steps,
-            ALPHA=alpha, LIMIT=limit, SHIFT=shift, **blocks, **EXACT,
+        _lrt_sample_backward_kernel[(groups * feature_blocks,)](
+            grad, var, scale, seed, grad_var, *sums, view.batch, view.rows, view.cols, view.rows_total, row_offset,
+            first_quad, sample, steps, ALPHA=alpha, FORMAT=view.format, LIMIT=limit, SHIFT=shift, **blocks, **EXACT,
         )  # fmt: skip
     return grad_var, *(s if s is None else s.sum(0) for s in sums)
 
 
-def lrt_sample_backward_triton(grad, var, seed, row_offset=0, col_offset=0, sample=0):
+def lrt_sample_backward_triton(grad, var, seed, row_offset=0, col_offset=0, sample=0, channels=0, channels_total=0):
     if var.dtype == torch.float64:
-        return lrt_sample_backward_reference(grad, var, seed, row_offset, col_offset, sample)
+        return lrt_sample_backward_reference(grad, var, seed, row_offset, col_offset, sample, channels, channels_total)
     if var.numel() == 0:
         return torch.empty_like(var)
     limit = torch.finfo(var.dtype).max
     grad_var, _, _ = sample_backward_pass(
-        grad.contiguous(), var.contiguous(), None, seed, var.dtype, limit, "none", row_offset, col_offset, sample,
-        needs_var=True, needs_bias=False, needs_alpha=False,
+        grad.contiguous(), var.contiguous(), None, seed, matrix_view(var, channels, channels_total), var.dtype, limit,
+        "none", row_offset, col_offset, sample, needs_var=True, needs_bias=False, needs_alpha=False,
     )  # fmt: skip
     return grad_var
 
