@@ -36,6 +36,7 @@ CASES = (ONE, TWO, THREE, TRANSPOSED, DEPTHWISE, POINTS, EMPTY)
 # Several tiles along each axis: planes longer than a tile, more channels than a strip of columns.
 LONG = ((2, 1, 51, 47), (3, 1, 2, 2), ([1, 1], [0, 0], [1, 1], False, [0, 0], 1))
 WIDE = ((2, 3, 7, 5), (530, 3, 2, 2), ([1, 1], [0, 0], [1, 1], False, [0, 0], 1))
+MULTIPLICATIVE = ("layer", "neuron", "weight")
 PLACE = (2**32 - 3, 531, 2**32 - 1)  # row offset, channels of the whole layer, sample
 
 
@@ -88,11 +89,11 @@ def test_lrt_conv_forward_and_backward(parameterization, isa):
             exact = backward(grad.double(), *double(inputs[:3]), True, exact_var, seed, *rest)
             for i, (actual, like) in enumerate(zip(grads, inputs, strict=True)):
                 assert like is None or i == 3 or (actual.dtype == like.dtype and same_order(actual, like))
-                if i != 2 or parameterization not in ("layer", "neuron"):  # long sums, tested over many draws below
+                if i != 2 or parameterization not in MULTIPLICATIVE:  # long sums, tested over many draws below
                     assert_as_good_as_eager(actual, eager[i], exact[i])
 
 
-@pytest.mark.parametrize("parameterization", ["layer", "neuron"])
+@pytest.mark.parametrize("parameterization", MULTIPLICATIVE)
 def test_lrt_conv_alpha_gradient_error(parameterization):
     """The numbers d log_alpha are long sums: their error over 40 draws is at most twice eager's."""
     errors = []
