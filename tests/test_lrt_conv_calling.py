@@ -275,6 +275,7 @@ X, W, B = torch.zeros(2, 4, 5, 5), torch.zeros(6, 4, 3, 3), torch.zeros(6)
         ((X, W, W, B[:2]), {}, ValueError, r"lrt_conv2d: bias must be \(6,\), got \(2,\)"),
         ((X, W, W, B.double()), {}, TypeError, "lrt_conv2d: bias must be torch.float32 beside x"),
         ((X, W, W), {"stride": (1, 2, 3)}, ValueError, "lrt_conv2d: stride must be an int or 2 of them"),
+        ((X, W, W), {"stride": 1.5}, ValueError, "lrt_conv2d: stride must be an int or 2 of them, got 1.5"),
         ((X, W, W), {"dilation": (1.5, 1)}, ValueError, "lrt_conv2d: dilation must be an int or 2 of them"),
         ((X, W, W), {"padding": "full"}, ValueError, "padding must be 'same', 'valid' or ints, got 'full'"),
         ((X, W, W), {"padding": "same", "stride": 2}, ValueError, "padding='same' is for stride 1, got stride"),

@@ -1,5 +1,6 @@
 import copy
 import pickle
+import re
 
 import pytest
 import torch
@@ -253,6 +254,13 @@ def test_bad_input_is_refused_in_evaluation_as_in_training():
             lsf.nn.LRTConvTranspose2d(4, 6, 3)(x)
     with pytest.raises(RuntimeError):  # too small for the kernel
         layer.eval()(torch.ones(2, 4, 2, 2))
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 5, 5), (5, 5), (7,)])
+def test_padding_modes_name_the_shape_that_came(shape):
+    layer = lsf.nn.LRTConv2d(4, 6, 3, padding=1, padding_mode="circular")
+    with pytest.raises(ValueError, match=re.escape(f"[N, 4, 2 sizes] or [4, 2 sizes], got {shape}")):
+        layer(torch.ones(shape))
 
 
 @pytest.mark.parametrize(

@@ -96,10 +96,19 @@ class _LRTConv(_LRTConvolution):
         self.become_stochastic(parameterization, init_log_sigma2, init_log_alpha)
         self.sampling = sampling
 
+    def _check_channels(self, input: torch.Tensor) -> None:
+        dims, channels = len(self.kernel_size), self.in_channels
+        if input.dim() not in (dims + 1, dims + 2) or input.shape[-dims - 1] != channels:
+            raise ValueError(
+                f"{self.operator}: x must be [N, {channels}, {dims} sizes] or [{channels}, {dims} sizes], "
+                f"got {tuple(input.shape)}"
+            )
+
     def draw(self, input, weight, scale, bias, seed) -> torch.Tensor:
         padding = self.padding
         if self.padding_mode != "zeros":
             self.check_input(input)
+            self._check_channels(input)  # before padding, in the sizes that the caller knows
             input, padding = F.pad(input, self._reversed_padding_repeated_twice, self.padding_mode), 0
         return getattr(ops, self.operator)(
             input, weight, scale, bias, self.stride, padding, self.dilation, self.groups,

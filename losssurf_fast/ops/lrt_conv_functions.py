@@ -11,7 +11,8 @@ from losssurf_fast.ops.noise import as_seed, check_stream
 
 
 def _tuple(name: str, argument: str, value, dims: int) -> tuple[int, ...]:
-    values = (value,) * dims if isinstance(value, int) else tuple(value)
+    whole = isinstance(value, int | torch.SymInt)
+    values = tuple(value) if isinstance(value, list | tuple) else (value,) * (dims if whole else 0)
     if len(values) != dims or not all(isinstance(v, int | torch.SymInt) for v in values):
         raise ValueError(f"{name}: {argument} must be an int or {dims} of them, got {value!r}")
     return values
