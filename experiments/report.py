@@ -45,7 +45,7 @@ def comparison(
     """
     label = max(map(len, [*ours, "network"])) + 2
     origin = max(len("published"), len(data), 4) + 2
-    width = min(12, (WIDTH - label - origin) // len(columns))
+    width = min(max(10, *map(len, columns)) + 2, (WIDTH - label - origin) // len(columns))
     line = lambda *cells: f"{cells[0]:{label}s}{cells[1]:{origin}s}" + "".join(f"{c:>{width}s}" for c in cells[2:])
     show = lambda value: "-" if value is None else value if isinstance(value, str) else f"{value:.{digits}f}"
     lines = [title, "", line("", "", *columns), "-" * (label + origin + width * len(columns))]
