@@ -32,6 +32,14 @@ def without_autocast(function):
     return call
 
 
+def in_autocast_dtype(x: torch.Tensor) -> torch.Tensor:
+    """``x`` as an autocast GEMM would take it: in autocast's dtype where that is on, float64 as it is."""
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(device))
+    return x
+
+
 def define(schema: str, *, reference, fake) -> None:
     """Define an operator: ``reference`` serves every device without a kernel of its own, ``fake`` traces it."""
     name = schema.partition("(")[0]

@@ -1,4 +1,5 @@
 import copy
+import functools
 import pickle
 import re
 
@@ -252,8 +253,9 @@ def test_bad_input_is_refused_in_evaluation_as_in_training():
                 other(x)
         with pytest.raises(TypeError, match="lrt_conv_transpose2d: x must "):
             lsf.nn.LRTConvTranspose2d(4, 6, 3)(x)
-    with pytest.raises(RuntimeError):  # too small for the kernel
-        layer.eval()(torch.ones(2, 4, 2, 2))
+    for mode in (True, False):
+        with pytest.raises(ValueError, match=r"lrt_conv2d: x must be larger for kernel sizes \(3, 3\)"):
+            layer.train(mode)(torch.ones(2, 4, 2, 2))
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 5, 5), (5, 5), (7,)])
@@ -297,3 +299,27 @@ def test_a_small_network_learns():
     probabilities = lsf.predict(model, x, num_samples=4, seed=0)
     assert (probabilities.argmax(-1) == y).float().mean() > 0.9
     assert F.nll_loss(probabilities.log(), y) < 0.4
+
+
+@pytest.mark.parametrize("parameterization", ["additive", "variance"])
+@pytest.mark.parametrize("padding_mode", ["zeros", "reflect", "replicate", "circular"])
+def test_padding_modes_keep_channels_last(padding_mode, parameterization):
+    layer = lsf.nn.LRTConv2d(4, 6, 3, padding=1, padding_mode=padding_mode, parameterization=parameterization)
+    x = torch.randn(2, 4, 5, 6).to(memory_format=torch.channels_last)
+    for mode in (True, False):
+        assert layer.train(mode)(x).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_channels_last_weights_decide_in_evaluation_as_in_training():
+    layer = lsf.nn.LRTConv2d(4, 6, 3, parameterization="variance").to(memory_format=torch.channels_last)
+    x = torch.randn(2, 4, 5, 6)
+    assert layer.eval()(x).stride() == layer.train()(x).stride()
+    assert layer.eval()(x[0]).shape == layer.train()(x[0]).shape == (6, 3, 4)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda **kw: lsf.nn.LRTConv2d(4, 6, 3, **kw), lambda **kw: lsf.nn.LRTLinear(5, 6, **kw)]
+)
+def test_evaluation_on_the_meta_device(make):
+    layer, x = make(parameterization="variance", device="meta"), torch.empty(2, 4, 5, 5, device="meta")
+    assert layer.eval()(x).shape == layer.train()(x, seed=torch.empty((), dtype=torch.int64, device="meta")).shape

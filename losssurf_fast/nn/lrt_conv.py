@@ -5,6 +5,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from losssurf_fast import ops
+from losssurf_fast._library import in_autocast_dtype
 from losssurf_fast.nn.lrt import LRTLayer, check_parameterization
 from losssurf_fast.nn.lrt_linear import in_dtype_of
 from losssurf_fast.nn.weight_space import check_sampling
@@ -50,22 +51,22 @@ class _LRTConvolution(LRTLayer):
 
     def _bias_alone(self, input: torch.Tensor, bias: torch.Tensor | None, **geometry) -> torch.Tensor:
         """What a layer without mean weights returns: its draw's checks and shape, found without the arithmetic."""
-        device = input.device.type
-        if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
-            input = input.to(torch.get_autocast_dtype(device))
+        input = in_autocast_dtype(input)
         check_companion(self.operator, "scale", self.scale, "x", input)
         shapes = [None if t is None else torch.empty_like(t, device="meta") for t in (input, self.scale, self.bias)]
         shape = self.draw(shapes[0], None, *shapes[1:], 0, **geometry)
-        out = torch.zeros_like(shape, device=input.device, memory_format=_memory_format(input))
+        seen = (input, self.scale) if input.dim() == self.scale.dim() else ()  # formats are of batches
+        out = torch.zeros_like(shape, device=input.device, memory_format=_memory_format(*seen))
         return out if bias is None else out + bias.to(out.dtype).view(-1, *[1] * len(self.kernel_size))
 
 
-def _memory_format(t: torch.Tensor) -> torch.memory_format:
-    """That of a convolution's output for ``t``."""
-    channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(t.dim())
-    if channels_last is None or t.is_contiguous() or not t.is_contiguous(memory_format=channels_last):
-        return torch.contiguous_format
-    return channels_last
+def _memory_format(*operands: torch.Tensor) -> torch.memory_format:
+    """That of what a convolution makes of these: channels_last where one of them is."""
+    for t in operands:
+        channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(t.dim())
+        if channels_last and not t.is_contiguous() and t.is_contiguous(memory_format=channels_last):
+            return channels_last
+    return torch.contiguous_format
 
 
 class _LRTConv(_LRTConvolution):
@@ -109,14 +110,22 @@ class _LRTConv(_LRTConvolution):
         if self.padding_mode != "zeros":
             self.check_input(input)
             self._check_channels(input)  # before padding, in the sizes that the caller knows
-            input, padding = F.pad(input, self._reversed_padding_repeated_twice, self.padding_mode), 0
+            input, padding = self._padded(input), 0
         return getattr(ops, self.operator)(
             input, weight, scale, bias, self.stride, padding, self.dilation, self.groups,
             parameterization=self.parameterization, seed=seed,
         )  # fmt: skip
 
     def convolve(self, input, weight, bias) -> torch.Tensor:
-        return self._conv_forward(input, weight, bias)
+        if self.padding_mode == "zeros":
+            return self._conv_forward(input, weight, bias)
+        library = getattr(F, self.operator.removeprefix("lrt_"))
+        return library(self._padded(input), weight, bias, self.stride, 0, self.dilation, self.groups)
+
+    def _padded(self, input: torch.Tensor) -> torch.Tensor:
+        """By the padding mode, which in torch may lose channels_last."""
+        padded = F.pad(input, self._reversed_padding_repeated_twice, self.padding_mode)
+        return padded.contiguous(memory_format=_memory_format(input))
 
 
 class LRTConv1d(_LRTConv, nn.Conv1d):

@@ -5,11 +5,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from losssurf_fast import ops
+from losssurf_fast._library import in_autocast_dtype
 from losssurf_fast.nn.lrt import LRTLayer, check_parameterization
 from losssurf_fast.nn.weight_space import check_sampling
 from losssurf_fast.ops.lrt import check_activations, check_parameters
-
-_HALF = (torch.bfloat16, torch.float16)
+from losssurf_fast.ops.lrt_sample import HALF_DTYPES
 
 
 class LRTLinear(LRTLayer, nn.Linear):
@@ -78,9 +78,7 @@ def linear_mean(
     check_activations(input)
     if weight is not None:
         return F.linear(input, *in_dtype_of(input, weight, bias))
-    device = input.device.type
-    if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
-        input = input.to(torch.get_autocast_dtype(device))
+    input = in_autocast_dtype(input)
     check_parameters(input, None, scale, bias, "variance")  # nothing else would complain
     out = input.new_zeros(*input.shape[:-1], scale.shape[0])
     return out if bias is None else out + bias.to(input.dtype)
@@ -90,6 +88,6 @@ def in_dtype_of(
     input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Parameters for the library: float32 ones beside half-precision activations, as in lrt_linear, are cast."""
-    if input.dtype not in _HALF:
+    if input.dtype not in HALF_DTYPES:
         return weight, bias
     return weight.to(input.dtype), None if bias is None else bias.to(input.dtype)

@@ -32,7 +32,14 @@ from collections.abc import Sequence
 import torch
 from torch.nn import functional as F
 
-from losssurf_fast._library import composite_needed, define, register_autograd, second_order, without_autocast
+from losssurf_fast._library import (
+    composite_needed,
+    define,
+    in_autocast_dtype,
+    register_autograd,
+    second_order,
+    without_autocast,
+)
 from losssurf_fast.ops.averaging import as_tensors
 from losssurf_fast.ops.curve import CURVE_DTYPES, curve_weights_reference
 from losssurf_fast.ops.lrt import check_companion
@@ -260,9 +267,7 @@ def curve_linear(
         biases = as_tensors(name, "bias", bias)
         if len(biases) != len(bends):
             raise ValueError(f"{name}: bias must be one tensor or {len(bends)}, one for each bend, got {len(biases)}")
-    device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(device))
+    x = in_autocast_dtype(x)
     check_curve_linear(name, x, bends, coefficients, biases)
     lead, rows = x.shape[:-1], math.prod(x.shape[:-1])
     if x.dim() > 1 and coefficients.dim() == x.dim():

@@ -26,8 +26,14 @@ import math
 import torch
 from torch.nn import functional as F
 
-from losssurf_fast._library import composite_needed, define, register_autograd, second_order, without_autocast
-from losssurf_fast.ops.lrt_sample import EPSILON as EPSILON
+from losssurf_fast._library import (
+    composite_needed,
+    define,
+    in_autocast_dtype,
+    register_autograd,
+    second_order,
+    without_autocast,
+)
 from losssurf_fast.ops.lrt_sample import (
     LRT_DTYPES,
     check_companion,
@@ -175,33 +181,43 @@ def check_activations(x) -> None:
         raise ValueError("lrt_linear: x must be [..., in_features], got a 0-d tensor")
 
 
-def check_parameters(x, weight, scale, bias, parameterization) -> None:
-    name = "lrt_linear"
+def check_kind(name: str, x, weight, scale, parameterization) -> tuple[torch.Tensor, str]:
+    """The tensor that has the weights' shape and its argument's name, after checks that need no shape."""
     if parameterization not in PARAMETERIZATIONS:
         raise ValueError(f"{name}: parameterization must be one of {PARAMETERIZATIONS}, got {parameterization!r}")
     if (weight is None) != (parameterization == "variance"):
         wanted = "must be None" if weight is not None else "is missing"
         raise ValueError(f"{name}: weight {wanted} for parameterization {parameterization!r}")
     check_companion(name, "scale", scale, "x", x)
-    matrix, matrix_name = (scale, "scale") if weight is None else (weight, "weight")
-    if weight is not None:
-        check_companion(name, "weight", weight, "x", x)
-    if matrix.dim() != 2:
-        raise ValueError(f"{name}: {matrix_name} must be [out_features, in_features], got {tuple(matrix.shape)}")
-    if matrix.shape[1] != x.shape[-1]:
-        raise ValueError(
-            f"{name}: x must be [..., {matrix.shape[1]}] for {matrix_name} {tuple(matrix.shape)}, got {tuple(x.shape)}"
-        )
-    out_features = matrix.shape[0]
-    scale_shape = {"layer": (1,), "neuron": (out_features,)}.get(parameterization, tuple(matrix.shape))
+    if weight is None:
+        return scale, "scale"
+    check_companion(name, "weight", weight, "x", x)
+    return weight, "weight"
+
+
+def check_scale_and_bias(name: str, x, matrix, scale, bias, parameterization, outputs: int) -> None:
+    """Their shapes beside weights of ``matrix``'s shape with so many outputs."""
+    scale_shape = {"layer": (1,), "neuron": (outputs,)}.get(parameterization, tuple(matrix.shape))
     if tuple(scale.shape) != scale_shape:
         raise ValueError(
             f"{name}: scale must be {scale_shape} for parameterization {parameterization!r}, got {tuple(scale.shape)}"
         )
     if bias is not None:
         check_companion(name, "bias", bias, "x", x)
-        if tuple(bias.shape) != (out_features,):
-            raise ValueError(f"{name}: bias must be ({out_features},), got {tuple(bias.shape)}")
+        if tuple(bias.shape) != (outputs,):
+            raise ValueError(f"{name}: bias must be ({outputs},), got {tuple(bias.shape)}")
+
+
+def check_parameters(x, weight, scale, bias, parameterization) -> None:
+    name = "lrt_linear"
+    matrix, matrix_name = check_kind(name, x, weight, scale, parameterization)
+    if matrix.dim() != 2:
+        raise ValueError(f"{name}: {matrix_name} must be [out_features, in_features], got {tuple(matrix.shape)}")
+    if matrix.shape[1] != x.shape[-1]:
+        raise ValueError(
+            f"{name}: x must be [..., {matrix.shape[1]}] for {matrix_name} {tuple(matrix.shape)}, got {tuple(x.shape)}"
+        )
+    check_scale_and_bias(name, x, matrix, scale, bias, parameterization, matrix.shape[0])
 
 
 def lrt_linear(
@@ -239,9 +255,7 @@ def lrt_linear(
         TypeError, ValueError: a dtype, device, shape, name, seed or offset is not as above.
     """
     check_activations(x)
-    device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(device))
+    x = in_autocast_dtype(x)
     check_parameters(x, weight, scale, bias, parameterization)
     out_features = (scale if weight is None else weight).shape[0]
     check_stream("lrt_linear", row_offset, col_offset, sample, out_features)

@@ -3,32 +3,26 @@
 import torch
 from torch.nn import functional as F
 
-from losssurf_fast._library import composite_needed
-from losssurf_fast.ops.lrt import PARAMETERIZATIONS
+from losssurf_fast._library import composite_needed, in_autocast_dtype
+from losssurf_fast.ops.lrt import check_kind, check_scale_and_bias
 from losssurf_fast.ops.lrt_conv import lrt_conv_reference
-from losssurf_fast.ops.lrt_sample import LRT_DTYPES, check_channels, check_companion
+from losssurf_fast.ops.lrt_sample import LRT_DTYPES, check_channels
 from losssurf_fast.ops.noise import as_seed, check_stream
 
 
-def _tuple(name: str, argument: str, value, dims: int) -> tuple[int, ...]:
-    whole = isinstance(value, int | torch.SymInt)
-    values = tuple(value) if isinstance(value, list | tuple) else (value,) * (dims if whole else 0)
-    if len(values) != dims or not all(isinstance(v, int | torch.SymInt) for v in values):
+def _tuple(name: str, argument: str, value, dims: int, least: int) -> tuple[int, ...]:
+    values = tuple(value) if isinstance(value, list | tuple) else (value,) * dims
+    whole = all(isinstance(v, int | torch.SymInt) and not isinstance(v, bool) for v in values)
+    if len(values) != dims or not whole:
         raise ValueError(f"{name}: {argument} must be an int or {dims} of them, got {value!r}")
+    if any(v < least for v in values):
+        raise ValueError(f"{name}: {argument} must be at least {least}, got {value!r}")
     return values
 
 
 def _check(name, x, weight, scale, bias, parameterization, dims, transposed, groups) -> int:
     """Raise on bad input, return the number of output channels. x has a batch."""
-    if parameterization not in PARAMETERIZATIONS:
-        raise ValueError(f"{name}: parameterization must be one of {PARAMETERIZATIONS}, got {parameterization!r}")
-    if (weight is None) != (parameterization == "variance"):
-        wanted = "must be None" if weight is not None else "is missing"
-        raise ValueError(f"{name}: weight {wanted} for parameterization {parameterization!r}")
-    check_companion(name, "scale", scale, "x", x)
-    matrix, matrix_name = (scale, "scale") if weight is None else (weight, "weight")
-    if weight is not None:
-        check_companion(name, "weight", weight, "x", x)
+    matrix, matrix_name = check_kind(name, x, weight, scale, parameterization)
     layout = "[C, O / groups" if transposed else "[O, C / groups"
     if matrix.dim() != dims + 2:
         raise ValueError(f"{name}: {matrix_name} must be {layout}, {dims} kernel sizes], got {tuple(matrix.shape)}")
@@ -41,16 +35,21 @@ def _check(name, x, weight, scale, bias, parameterization, dims, transposed, gro
             f"{name}: x must have {channels} channels for {matrix_name} {tuple(matrix.shape)} and groups={groups}, "
             f"got {tuple(x.shape)}"
         )
-    scale_shape = {"layer": (1,), "neuron": (outputs,)}.get(parameterization, tuple(matrix.shape))
-    if tuple(scale.shape) != scale_shape:
-        raise ValueError(
-            f"{name}: scale must be {scale_shape} for parameterization {parameterization!r}, got {tuple(scale.shape)}"
-        )
-    if bias is not None:
-        check_companion(name, "bias", bias, "x", x)
-        if tuple(bias.shape) != (outputs,):
-            raise ValueError(f"{name}: bias must be ({outputs},), got {tuple(bias.shape)}")
+    check_scale_and_bias(name, x, matrix, scale, bias, parameterization, outputs)
     return outputs
+
+
+def _check_sizes(name, x, kernel, stride, padding, dilation, transposed, output_padding) -> None:
+    """Every output size must be at least 1: an image that is too small is named here, not in the library."""
+    for i, size in enumerate(x.shape[2:]):
+        reach, both = dilation[i] * (kernel[i] - 1), 2 * padding[i]
+        first = size + both - reach  # below 1 where the kernel fits nowhere, whatever the stride
+        output = (size - 1) * stride[i] - both + reach + output_padding[i] + 1 if transposed else first
+        if output < 1:
+            raise ValueError(
+                f"{name}: x must be larger for kernel sizes {tuple(kernel)}, stride {tuple(stride)}, padding "
+                f"{tuple(padding)} and dilation {tuple(dilation)}, got {tuple(x.shape)}"
+            )
 
 
 def _same_padding(name: str, kernel, dilation, stride) -> list[int]:
@@ -71,21 +70,20 @@ def _lrt_conv(
         raise TypeError(f"{name}: x must have one of the dtypes {LRT_DTYPES}, got {x.dtype}")
     if x.dim() not in (dims + 1, dims + 2):
         raise ValueError(f"{name}: x must be [N, C, {dims} sizes] or [C, {dims} sizes], got {tuple(x.shape)}")
-    device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(device))
+    x = in_autocast_dtype(x)
     batch = x if x.dim() == dims + 2 else x.unsqueeze(0)
     outputs = _check(name, batch, weight, scale, bias, parameterization, dims, transposed, groups)
-    stride, dilation = _tuple(name, "stride", stride, dims), _tuple(name, "dilation", dilation, dims)
-    output_padding = _tuple(name, "output_padding", output_padding, dims)
+    stride, dilation = _tuple(name, "stride", stride, dims, 1), _tuple(name, "dilation", dilation, dims, 1)
+    output_padding = _tuple(name, "output_padding", output_padding, dims, 0)
+    kernel = (scale if weight is None else weight).shape[2:]
     if padding == "same":
-        kernel = (scale if weight is None else weight).shape[2:]
         batch, padding = F.pad(batch, _same_padding(name, kernel, dilation, stride)), 0
     elif padding == "valid":
         padding = 0
     elif isinstance(padding, str):
         raise ValueError(f"{name}: padding must be 'same', 'valid' or ints, got {padding!r}")
-    padding = _tuple(name, "padding", padding, dims)
+    padding = _tuple(name, "padding", padding, dims, 0)
+    _check_sizes(name, batch, kernel, stride, padding, dilation, transposed, output_padding)
     total = check_channels(name, outputs, channels_total, channel_offset)
     check_stream(name, row_offset, 0, sample, 0)
     seed = as_seed(name, seed, x.device)

@@ -15,7 +15,8 @@ import torch
 from losssurf_fast._library import composite_backward, composite_needed, define, register_autograd, without_autocast
 from losssurf_fast.ops.noise import as_seed, check_stream
 
-LRT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+HALF_DTYPES = (torch.bfloat16, torch.float16)
+LRT_DTYPES = (torch.float64, torch.float32, *HALF_DTYPES)
 EPSILON = 1e-16  # inside the square root
 
 
@@ -172,7 +173,7 @@ def check_companion(name: str, argument: str, tensor, main_name: str, main: torc
         raise TypeError(f"{name}: {argument} must be a tensor, got {type(tensor).__name__}")
     if tensor.device != main.device:
         raise ValueError(f"{name}: {argument} must be on {main_name}'s device {main.device}, got {tensor.device}")
-    half = main.dtype in (torch.bfloat16, torch.float16)
+    half = main.dtype in HALF_DTYPES
     if tensor.dtype != main.dtype and not (half and tensor.dtype == torch.float32):
         wanted = f"{main.dtype} or torch.float32" if half else f"{main.dtype}"
         raise TypeError(f"{name}: {argument} must be {wanted} beside {main_name} in {main.dtype}, got {tensor.dtype}")
