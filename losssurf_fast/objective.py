@@ -8,8 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from losssurf_fast import ops
-from losssurf_fast.nn.lrt import LRTLayer, Posterior
-from losssurf_fast.nn.stochastic import stochastic_layers
+from losssurf_fast.nn.lrt import Posterior, lrt_layers
 
 PRIORS = ("log_uniform", "ard", "normal")
 
@@ -64,16 +63,13 @@ def check_prior(caller: str, prior: str, prior_std: float) -> None:
 
 def model_posteriors(model: nn.Module, caller: str) -> list[Posterior]:
     """The Gaussian weights of ``model``, those that layers share once; ValueError where there are none to read."""
-    layers = [m for m in stochastic_layers(model, caller) if isinstance(m, LRTLayer)]
-    if not layers:
-        raise ValueError(f"{caller}: {type(model).__name__} has no stochastic layers; convert it with lsf.to_lrt first")
-    posteriors = [posterior for layer in layers for posterior in layer.posteriors()]
+    posteriors = [posterior for _, layer in lrt_layers(model, caller) for posterior in layer.posteriors()]
     if any(t is not None and t.is_meta for p in posteriors for t in (p.scale, p.weight)):
         raise ValueError(
             f"{caller}: {type(model).__name__} must hold values, got tensors on the meta device (a Curve's module has "
             "its weights in `with curve.at(t):`, or from a forward to its backward)"
         )
-    return list({id(p.scale): p for p in posteriors}.values())  # tied weights share their scale
+    return list({p.tie: p for p in posteriors}.values())
 
 
 def _normal(posteriors: list[Posterior], prior_std: float) -> torch.Tensor:

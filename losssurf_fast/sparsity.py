@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from losssurf_fast.arguments import check_number
-from losssurf_fast.nn.lrt import LRTLayer, Posterior
+from losssurf_fast.nn.lrt import LRTLayer, Posterior, lrt_layers
 from losssurf_fast.nn.stochastic import stochastic_layers
 
 THRESHOLD = 3.0
@@ -108,9 +108,9 @@ def sparsity_report(model: nn.Module, threshold: float = THRESHOLD) -> SparsityR
     threshold = _check_threshold("sparsity_report", threshold)
     layers, left, seen = {}, {}, set()
     for name, layer, posterior in _posteriors("sparsity_report", model):
-        if id(posterior.scale) in seen:
+        if posterior.tie in seen:
             continue
-        seen.add(id(posterior.scale))
+        seen.add(posterior.tie)
         if posterior.weight is None:
             left[name] = "a variance layer has no means"
         else:
@@ -135,14 +135,15 @@ def pruning_masks(model: nn.Module, threshold: float = THRESHOLD) -> dict[str, t
 def prune(model: nn.Module, threshold: float = THRESHOLD) -> nn.Module:
     """Set the weights with log_alpha above ``threshold`` to zero, for good and without noise, in place.
 
-    ``weight`` becomes a parametrization (``torch.nn.utils.parametrize``) by a mask: whatever an optimizer does, pruned
-    weights are exactly 0, also in a copy. ``log_sigma2`` of pruned "additive" weights is set to -1000, that is
-    sigma = 0, with no gradient; the noise of the others, which have log_alpha, vanishes with the weight. The Parameter
-    objects stay, so an optimizer made before goes on. May be called again: what was pruned stays so.
+    ``weight`` becomes a parametrization (``torch.nn.utils.parametrize``) by a mask, and so does the ``log_sigma2`` of
+    "additive" layers: whatever an optimizer does, with weight decay or without, pruned weights are exactly 0 and their
+    log_sigma2 is -1000, that is sigma = 0, also in a copy. The noise of the others, which have log_alpha, vanishes with
+    the weight. The Parameter objects stay, so an optimizer made before goes on. May be called again: what was pruned
+    stays so.
 
     In the state_dict ``<layer>.weight`` becomes ``<layer>.parametrizations.weight.original`` and ``....weight.0.kept``,
-    the mask. To load it, prune the new model first: whatever is in it, all layers with means get a mask.
-    :func:`bake_pruning` makes plain parameters of them again, which ``lsf.from_lrt`` needs.
+    the mask, and ``log_sigma2`` likewise. To load it, prune the new model first: whatever is in it, all layers with
+    means get a mask. :func:`bake_pruning` makes plain parameters of them again, which ``lsf.from_lrt`` needs.
 
     The KL from the log-uniform or ARD prior leaves pruned weights out where they are "additive", and counts next to
     nothing for others; that from a normal prior holds a constant for each.
@@ -162,7 +163,8 @@ def prune(model: nn.Module, threshold: float = THRESHOLD) -> nn.Module:
     bake_pruning(model)
     for _, layer, posterior, kept in found:
         if posterior.parameterization == "additive":
-            posterior.scale.masked_fill_(~kept, NO_NOISE)
+            scale = layer.scale_name_of(posterior.name)
+            parametrize.register_parametrization(layer, scale, Kept(kept, NO_NOISE))
         parametrize.register_parametrization(layer, posterior.name, Kept(kept))
     return model
 
@@ -185,18 +187,19 @@ def bake_pruning(model: nn.Module) -> nn.Module:
 
 
 class Kept(nn.Module):
-    """The parametrization of a pruned weight: zero where ``kept`` is False."""
+    """The parametrization of pruned weights and of their noise: ``pruned`` where ``kept`` is False."""
 
-    def __init__(self, kept: torch.Tensor) -> None:
+    def __init__(self, kept: torch.Tensor, pruned: float = 0.0) -> None:
         super().__init__()
+        self.pruned = pruned
         self.register_buffer("kept", kept)
 
-    def forward(self, weight: torch.Tensor) -> torch.Tensor:
-        return torch.where(self.kept, weight, 0)
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        return torch.where(self.kept, values, self.pruned)
 
-    def right_inverse(self, weight: torch.Tensor) -> torch.Tensor:
+    def right_inverse(self, values: torch.Tensor) -> torch.Tensor:
         """What ``layer.weight = ...`` stores."""
-        return weight
+        return values
 
 
 def _is_pruned(layer: nn.Module, name: str) -> bool:
@@ -205,11 +208,7 @@ def _is_pruned(layer: nn.Module, name: str) -> bool:
 
 def _posteriors(caller: str, model: nn.Module) -> Iterator[tuple[str, LRTLayer, Posterior]]:
     """The Gaussian weights of ``model`` with their qualified names."""
-    stochastic_layers(model, caller)  # refuses what it must
-    found = [(name, m) for name, m in model.named_modules() if isinstance(m, LRTLayer)]
-    if not found:
-        raise ValueError(f"{caller}: {type(model).__name__} has no stochastic layers; convert it with lsf.to_lrt first")
-    for prefix, layer in found:
+    for prefix, layer in lrt_layers(model, caller):
         for posterior in layer.posteriors():
             yield f"{prefix}.{posterior.name}" if prefix else posterior.name, layer, posterior
 

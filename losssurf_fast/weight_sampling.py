@@ -6,8 +6,7 @@ import torch
 from torch import nn
 
 from losssurf_fast.averaging.tensors import plain_name, unwrap
-from losssurf_fast.nn.lrt import LRTLayer
-from losssurf_fast.nn.stochastic import stochastic_layers
+from losssurf_fast.nn.lrt import LRTLayer, lrt_layers
 from losssurf_fast.nn.weight_space import Drawn, check_sampling, draw_posteriors
 from losssurf_fast.objective import check_prior, model_posteriors
 from losssurf_fast.ops.noise import as_seed, check_stream
@@ -90,7 +89,7 @@ def sample_weights(
 
     Raises:
         TypeError, ValueError: not a module, unknown prior, a bad number or seed, or a model without such layers or with
-            one whose parameters are on the meta device.
+            one whose parameters are on the meta device or that has a ``max_norm``.
     """
     caller = "sample_weights"
     if prior is not None:
@@ -98,6 +97,12 @@ def sample_weights(
     check_stream(caller, 0, 0, sample, 0)
     model = unwrap(model)
     posteriors = model_posteriors(model, caller)
+    for name, layer in lrt_layers(model, caller):
+        if getattr(layer, "max_norm", None) is not None:
+            raise ValueError(
+                f"{caller}: {name or type(layer).__name__} must have max_norm None, got {layer.max_norm}: it shrinks "
+                "the rows that a forward looks up, which a draw of all weights does not know"
+            )
     devices = {str(p.scale.device): None for p in posteriors}
     if len(devices) > 1:
         raise ValueError(f"{caller}: {type(model).__name__} must be on one device, got {', '.join(devices)}")
@@ -107,19 +112,15 @@ def sample_weights(
         family = "log_uniform_approximate"
     width = prior_std if prior == "normal" else 1.0
     drawn, kl = draw_posteriors(posteriors, seed, prior=family, prior_std=width, sample=sample)
-    by_scale = {id(p.scale): weight for p, weight in zip(posteriors, drawn, strict=True)}
+    by_tie = {p.tie: weight for p, weight in zip(posteriors, drawn, strict=True)}
     weights, layers = {}, []
-    for name, layer in _lrt_layers(model):
-        own = Drawn((p.name, by_scale[id(p.scale)]) for p in layer.posteriors())
+    for name, layer in lrt_layers(model, caller):
+        own = Drawn((p.name, by_tie[p.tie]) for p in layer.posteriors())
         layers.append((layer, own))
         for leaf, weight in own.items():
             if not any(weight is other for other in weights.values()):
                 weights[plain_name(f"{name}.{leaf}" if name else leaf)] = weight
     return WeightSample(weights, kl, seed, layers)
-
-
-def _lrt_layers(model: nn.Module) -> list[tuple[str, LRTLayer]]:
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, LRTLayer)]
 
 
 def set_sampling(model: nn.Module, sampling: str) -> nn.Module:
@@ -136,11 +137,6 @@ def set_sampling(model: nn.Module, sampling: str) -> nn.Module:
         TypeError, ValueError: not a module, unknown sampling, or a model without such layers.
     """
     check_sampling("set_sampling", sampling)
-    layers = [layer for layer in stochastic_layers(model, "set_sampling") if isinstance(layer, LRTLayer)]
-    if not layers:
-        raise ValueError(
-            f"set_sampling: {type(model).__name__} has no stochastic layers; convert it with lsf.to_lrt first"
-        )
-    for layer in layers:
+    for _, layer in lrt_layers(model, "set_sampling"):
         layer.sampling = sampling
     return model

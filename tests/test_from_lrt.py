@@ -159,3 +159,29 @@ def test_pruned_models():
     lsf.from_lrt(lsf.bake_pruning(model))
     assert type(model.head) is nn.Linear and (model.head.weight[:5] == 0).all()
     torch.testing.assert_close(model(INDEX), expected)
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(4, 3, bias=False), nn.Conv2d(2, 3, 3, bias=False)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_variance_layers_without_bias_get_their_dtype_back(layer, dtype):
+    model = nn.Sequential(nn.LayerNorm(4), copy.deepcopy(layer).to(dtype))
+    lsf.to_lrt(model, "variance")
+    assert "like" not in "".join(model.state_dict())
+    assert lsf.from_lrt(model)[1].weight.dtype == dtype and not list(model.buffers())
+
+
+@pytest.mark.parametrize("embedding_first", [False, True])
+def test_padding_rows_are_means_whatever_the_order_of_tied_layers(embedding_first):
+    embedding, linear = nn.Embedding(10, 6, padding_idx=2), nn.Linear(6, 10, bias=False)
+    linear.weight = embedding.weight
+    with torch.no_grad():
+        embedding.weight.normal_()
+    mean = embedding.weight.detach().clone()
+    model = nn.ModuleList([embedding, linear] if embedding_first else [linear, embedding])
+    lsf.to_lrt(model, "additive", init_log_sigma2=0.0)
+    name = "0.weight"
+    expected = lsf.sample_weights(model, 3).weights[name].detach().clone()
+    expected[2] = mean[2]
+    lsf.from_lrt(model, seed=3)
+    assert model[0].weight is model[1].weight
+    torch.testing.assert_close(model[0].weight.detach(), expected)

@@ -362,3 +362,16 @@ def test_attention_uses_the_library_kernel(monkeypatch):
     make()(X, X, X, need_weights=False, attn_mask=mask, is_causal=True)
     make()(X, X, X, need_weights=False, attn_mask=mask)
     assert calls == [True, False]
+
+
+def test_flipout_turns_samples_in_both_layouts():
+    """Signs belong to samples: with the sequence first, a batch of equal samples still gives unequal outputs."""
+    first = lsf.nn.LRTMultiheadAttention(8, 2, batch_first=True, sampling="flipout", init_log_alpha=0.0)
+    other = lsf.nn.LRTMultiheadAttention(8, 2, sampling="flipout", init_log_alpha=0.0)
+    other.load_state_dict(first.state_dict())
+    x = torch.randn(1, 5, 8).expand(3, -1, -1)
+    expected = first(x, x, x, need_weights=False, seed=4)[0]
+    x = x.transpose(0, 1)
+    found = other(x, x, x, need_weights=False, seed=4)[0]
+    torch.testing.assert_close(found.transpose(0, 1), expected)
+    assert not torch.allclose(expected[0], expected[1])

@@ -116,6 +116,25 @@ def test_scale_grad_by_freq():
     torch.testing.assert_close(layer.weight.grad, plain.weight.grad)
 
 
+@pytest.mark.parametrize("sampling", ["local", "weights", "flipout"])
+def test_rows_are_shrunk_before_they_are_drawn(sampling):
+    layer, index = noisy("layer", max_norm=0.5), torch.arange(7)
+    with torch.no_grad():
+        layer.weight.mul_(100)
+        layer.scale.fill_(-8.0)
+    layer.sampling = sampling
+    drawn = layer.train()(index)
+    assert (layer.weight[index].norm(dim=1) <= 0.5001).all()
+    assert (drawn.norm(dim=1) < 0.6).all() and not torch.equal(drawn, layer.weight[index])
+
+
+def test_a_draw_of_all_rows_refuses_max_norm():
+    model = nn.Sequential(noisy("layer", max_norm=0.5))
+    for call in (lsf.sample_weights, lambda m: lsf.from_lrt(m, seed=1)):
+        with pytest.raises(ValueError, match="sample_weights: 0 must have max_norm None, got 0.5"):
+            call(model)
+
+
 def test_max_norm():
     layer = noisy("layer", max_norm=0.5)
     layer(INDEX)

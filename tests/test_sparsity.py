@@ -295,9 +295,30 @@ def test_pruning_other_dtypes(parameterization, dtype):
     assert (model[0].weight[~masks["0.weight"]] == 0).all()
     assert torch.isfinite(draws(model, torch.randn(5, 6, dtype=dtype))).all()
     lsf.kl_divergence(model).backward()
-    assert torch.isfinite(model[0].scale.grad).all()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+    assert model[0].posteriors()[0].scale.requires_grad
     model.float()
     assert model[0].weight.dtype == torch.float32 and lsf.sparsity_report(model).pruned > 0
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
+def test_weight_decay_brings_no_noise_back(optimizer):
+    """log_sigma2 of -1000 decays towards 0 like any parameter; what the layer sees of it does not."""
+    model = lsf.prune(net())
+    kept, step = lsf.pruning_masks(model)["0.weight"], optimizer(model.parameters(), lr=0.5, weight_decay=0.9)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    for _ in range(60):
+        step.step()
+    assert (~kept).any() and (model[0].log_sigma2[~kept] == NO_NOISE).all()
+    drawn = [lsf.sample_weights(model, seed).weights["0.weight"][~kept] for seed in (1, 2)]
+    assert (drawn[0] == 0).all() and (drawn[1] == 0).all()
+
+
+def test_half_precision_keeps_pruned_scales_wide():
+    model = lsf.prune(net())
+    model.bfloat16()
+    assert model[0].weight.dtype == BF16 and model[0].log_sigma2.dtype == torch.float32
 
 
 def test_pruned_models_compile():

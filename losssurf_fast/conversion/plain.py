@@ -24,7 +24,8 @@ def from_lrt(model: nn.Module, *, seed: int | torch.Tensor | None = None) -> nn.
 
     Args:
         model: a module with LRT layers, or one such layer.
-        seed: an int or 0-d int64 tensor writes one draw into the weights, that of ``lsf.sample_weights(model, seed)``.
+        seed: an int or 0-d int64 tensor writes one draw into the weights, that of ``lsf.sample_weights(model, seed)``;
+            but the padding row of an embedding is its mean, also in layers that share the embedding's weight.
 
     Raises:
         TypeError: not a module.
@@ -48,7 +49,7 @@ def from_lrt(model: nn.Module, *, seed: int | torch.Tensor | None = None) -> nn.
     values = _values(model, layers, seed)
     for layer in layers:
         for posterior in layer.posteriors():
-            value = values[id(posterior.scale)]
+            value = values[posterior.tie]
             if isinstance(value, nn.Parameter):
                 setattr(layer, posterior.name, value)
             elif value is not None:
@@ -65,7 +66,7 @@ def from_lrt(model: nn.Module, *, seed: int | torch.Tensor | None = None) -> nn.
 
 
 def _values(model: nn.Module, layers: list[LRTLayer], seed) -> dict[int, torch.Tensor | None]:
-    """id of a scale -> what the weight becomes: a new Parameter where there is none, None for the mean it has."""
+    """By ties, what a weight becomes: a new Parameter where there is none, None for the mean it has."""
     drawn = {}
     if seed is not None:
         with sample_weights(model, seed, prior=None):
@@ -73,28 +74,17 @@ def _values(model: nn.Module, layers: list[LRTLayer], seed) -> dict[int, torch.T
     values: dict[int, torch.Tensor | None] = {}
     for layer in layers:
         for posterior in layer.posteriors():
-            value = drawn[id(layer)][posterior.name] if drawn else None
-            padding = getattr(layer, "padding_idx", None)
-            if value is not None and padding is not None:  # that row of an embedding has no noise
-                value = value.clone()
-                value[padding] = 0 if posterior.weight is None else posterior.weight[padding]
+            value = drawn[id(layer)][posterior.name].clone() if drawn else None
             if posterior.weight is None:
                 value = torch.zeros_like(posterior.scale) if value is None else value
-                value = nn.Parameter(value.to(_dtype(model, layer)), requires_grad=posterior.scale.requires_grad)
-            values.setdefault(id(posterior.scale), value)
+                value = nn.Parameter(value.to(layer.like.dtype), requires_grad=posterior.scale.requires_grad)
+            values.setdefault(posterior.tie, value)
+    for layer in layers:  # of all layers that share a weight, whatever their order
+        padding = getattr(layer, "padding_idx", None)
+        if drawn and padding is not None:
+            (posterior,) = layer.posteriors()
+            values[posterior.tie][padding] = 0 if posterior.weight is None else posterior.weight[padding]
     return values
-
-
-def _dtype(model: nn.Module, layer: LRTLayer) -> torch.dtype:
-    """Of the weight that a "variance" layer gave up; its noise is float32 in half-precision models too."""
-    if hasattr(layer, "like"):
-        return layer.like.dtype
-    scales = {id(p.scale) for m in model.modules() if isinstance(m, LRTLayer) for p in m.posteriors()}
-    for module in (layer, model):
-        for parameter in module.parameters():
-            if id(parameter) not in scales and parameter.is_floating_point():
-                return parameter.dtype
-    return layer.scale.dtype
 
 
 def _become_plain(layer: LRTLayer) -> None:

@@ -40,7 +40,8 @@ def to_lrt(
     Layers that cannot be converted keep working without noise; they are logged as a warning and listed with the
     reason by :func:`conversion_report`: subclasses of these classes, parametrized or pruned layers, recurrent,
     quantised and lazy ones, and other modules with weight matrices. The fast path of ``nn.TransformerEncoderLayer``
-    reads its layers' weights past their forward, so it is turned off where one of them is converted.
+    reads its layers' weights past their forward, so it is turned off where one of them is converted; it is found from
+    ``model`` downwards, so convert the encoder layer, by ``include``, and not a child of it alone.
     :func:`from_lrt` is the way back.
 
     Args:

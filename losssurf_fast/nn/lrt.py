@@ -9,14 +9,15 @@ from numbers import Real
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
-from losssurf_fast.nn.stochastic import StochasticLayer
+from losssurf_fast.nn.stochastic import StochasticLayer, stochastic_layers
 from losssurf_fast.nn.weight_space import Drawn, sample_output
 from losssurf_fast.ops.gaussian_weights import log_sigma2_of
 from losssurf_fast.ops.lrt import PARAMETERIZATIONS
+from losssurf_fast.ops.lrt_sample import HALF_DTYPES
 
 INIT_LOG_ALPHA = -5.0  # that of Neklyudov et al., "Variance networks"
-_HALF = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Posterior:
     scale: torch.Tensor
     parameterization: str
     spread: Callable[[torch.Tensor], torch.Tensor]  # a "neuron" scale [O] -> broadcastable to the weight
+    tie: int = 0  # equal for weights that layers share: the id of the Parameter that holds their scale
 
     @property
     def shape(self) -> torch.Size:
@@ -69,6 +71,9 @@ class LRTLayer(StochasticLayer):
         self.parameterization = parameterization
         self.init_log_sigma2, self.init_log_alpha = init_log_sigma2, init_log_alpha
         given = scale if isinstance(scale, dict) else {"weight": scale}
+        if parameterization == "variance":  # whose weight's dtype nothing else keeps: scales are float32
+            weight = getattr(self, next(iter(self.gaussian_weights(self))))
+            self.register_buffer("like", weight.detach().new_empty(0), persistent=False)
         for name, outputs in self.gaussian_weights(self).items():
             weight, scale = getattr(self, name), given.get(name)
             if scale is None:
@@ -128,12 +133,16 @@ class LRTLayer(StochasticLayer):
 
     def posteriors(self) -> list[Posterior]:
         """The Gaussian weights of this layer, those of its children excluded."""
-        return [
-            Posterior(
-                name, getattr(self, name), getattr(self, self.scale_name_of(name)), self.parameterization, self.spread
-            )
-            for name in self.gaussian_weights(self)
-        ]
+        found = []
+        for name in self.gaussian_weights(self):
+            scale = getattr(self, self.scale_name_of(name))
+            tie = id(self._held(self.scale_name_of(name)))
+            found.append(Posterior(name, getattr(self, name), scale, self.parameterization, self.spread, tie))
+        return found
+
+    def _held(self, name: str) -> nn.Parameter:
+        """The Parameter behind an attribute, also where that is parametrized."""
+        return self.parametrizations[name].original if is_parametrized(self, name) else getattr(self, name)
 
     def forward(self, input: torch.Tensor, seed: int | torch.Tensor | None = None) -> torch.Tensor:
         """As the torch layer's forward.
@@ -173,16 +182,25 @@ class LRTLayer(StochasticLayer):
         return ", ".join([*filter(None, [super().extra_repr()]), *own])
 
     def _apply(self, fn, recurse=True):
-        scales = [self._parameters.get(self.scale_name_of(name)) for name in self.gaussian_weights(self)]
-        kept = {id(t) for scale in scales if scale is not None for t in (scale, scale.grad)}  # None: parametrized
+        scales = [self._held(self.scale_name_of(name)) for name in self.gaussian_weights(self)]
+        kept = {id(t) for scale in scales for t in (scale, scale.grad)}
 
         def keep_wide(tensor):
             out = fn(tensor)
-            if id(tensor) in kept and out.dtype in _HALF:
+            if id(tensor) in kept and out.dtype in HALF_DTYPES:
                 return tensor.to(device=out.device, dtype=torch.float32)
             return out
 
         return super()._apply(keep_wide, recurse)
+
+
+def lrt_layers(model: nn.Module, caller: str) -> list[tuple[str, LRTLayer]]:
+    """The layers with Gaussian weights and their names, as ``named_modules`` has them; without any, ValueError."""
+    stochastic_layers(model, caller)  # refuses what would lose noise
+    found = [(name, module) for name, module in model.named_modules() if isinstance(module, LRTLayer)]
+    if not found:
+        raise ValueError(f"{caller}: {type(model).__name__} has no stochastic layers; convert it with lsf.to_lrt first")
+    return found
 
 
 def check_parameterization(

@@ -152,12 +152,22 @@ class LRTMultiheadAttention(LRTLayer, nn.MultiheadAttention):
             return projection.plain(input, self.drawn[projection.name][projection.of_weight])
         if not self.draws_noise:
             return projection.plain(input, projection.weight)
-        return sample_output(projection, input, seed if self.sampling == "local" else _turn(seed, projection.column))
+        if self.sampling == "local":
+            return sample_output(projection, input, seed)
+        seed = _turn(seed, projection.column)
+        return self._by_sample(self.sampling, input, lambda x: sample_output(projection, x, seed))
+
+    def _by_sample(self, sampling: str, input: torch.Tensor, call) -> torch.Tensor:
+        """``call(input)``; for flipout, whose signs are those of the first dimension, with samples there."""
+        if sampling != "flipout" or self.batch_first or input.dim() < 3:
+            return call(input)
+        return call(input.transpose(0, 1)).transpose(0, 1)
 
     def _project_output(self, input: torch.Tensor, seed) -> torch.Tensor:
         if not isinstance(self.out_proj, LRTLayer):
             return self.out_proj(input)
-        return self.out_proj(input, None if seed is None else _turn(as_seed("out_proj", seed, input.device), -1))
+        seed = None if seed is None else _turn(as_seed("out_proj", seed, input.device), -1)
+        return self._by_sample(self.out_proj.sampling, input, lambda x: self.out_proj(x, seed))
 
     def _heads(self, t: torch.Tensor, batched: bool) -> torch.Tensor:
         """A projection's output -> ``[N, H, L, D]``."""

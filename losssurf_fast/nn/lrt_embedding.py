@@ -25,7 +25,9 @@ class LRTEmbedding(LRTLayer, nn.Embedding):
             (``log_sigma2`` [num_embeddings, embedding_dim]; ``weight`` is None for "variance").
         init_log_alpha, init_log_sigma2, sampling: as for :class:`LRTLinear`.
 
-    The row ``padding_idx`` has no noise, and lookups of it no gradient. KL divergences count it like any other row.
+    ``max_norm`` shrinks the looked-up rows of the means before their noise is drawn; ``lsf.sample_weights``, which does
+    not know the rows, refuses it. The row ``padding_idx`` has no noise, and lookups of it no gradient. KL divergences
+    count it like any other row.
 
     Raises:
         TypeError: an initial value is no real number.
@@ -63,11 +65,6 @@ class LRTEmbedding(LRTLayer, nn.Embedding):
         self.become_stochastic(parameterization, init_log_sigma2, init_log_alpha)
         self.sampling = sampling
 
-    def become_stochastic(self, parameterization, init_log_sigma2=None, init_log_alpha=None, scale=None) -> None:
-        if parameterization == "variance":  # which has no other tensor of the model's dtype
-            self.register_buffer("like", self.weight.detach().new_empty(0), persistent=False)
-        super().become_stochastic(parameterization, init_log_sigma2, init_log_alpha, scale)
-
     @staticmethod
     def gaussian_weights(layer: nn.Module) -> dict[str, int]:
         return {"weight": layer.embedding_dim}
@@ -75,6 +72,12 @@ class LRTEmbedding(LRTLayer, nn.Embedding):
     def spread(self, scale: torch.Tensor) -> torch.Tensor:
         """A scale ``[embedding_dim]``, broadcastable to the weight."""
         return scale.view(1, -1)
+
+    def respond(self, input: torch.Tensor, seed: int | torch.Tensor | None, **geometry) -> torch.Tensor:
+        if self.max_norm is not None:  # before anything is drawn from the rows
+            with torch.no_grad():
+                torch.embedding_renorm_(self.weight.detach(), input.contiguous(), self.max_norm, self.norm_type)
+        return super().respond(input, seed, **geometry)
 
     def local(self, input: torch.Tensor, seed: int | torch.Tensor | None) -> torch.Tensor:
         mean = self.plain(input, self.weight)
@@ -91,16 +94,14 @@ class LRTEmbedding(LRTLayer, nn.Embedding):
         dtype = self.like.dtype if self.weight is None else self.weight.dtype
         if weight is None:
             return torch.zeros_like(self._rows(input, self.scale), dtype=dtype)
-        rows = self._rows(input, weight, self.max_norm if weight is self.weight else None).to(dtype)
+        rows = self._rows(input, weight).to(dtype)
         if weight is self.weight or self.padding_idx is None:
             return rows
         mean = torch.zeros_like(rows) if self.weight is None or not with_bias else self._rows(input, self.weight)
         return self._without_noise_at_padding(input, rows, mean)
 
-    def _rows(self, input: torch.Tensor, table: torch.Tensor, max_norm: float | None = None) -> torch.Tensor:
-        return F.embedding(
-            input, table, self.padding_idx, max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse
-        )
+    def _rows(self, input: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        return F.embedding(input, table, self.padding_idx, None, 2.0, self.scale_grad_by_freq, self.sparse)
 
     def _without_noise_at_padding(self, input: torch.Tensor, drawn: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
         if self.padding_idx is None:

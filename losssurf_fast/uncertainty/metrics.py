@@ -113,7 +113,8 @@ class UncertaintyMetrics:
     def _add(self, sums: torch.Tensor) -> None:
         if self._totals is None:
             self._totals = sums.new_zeros(self._size, device=self._device)
-        self._totals += sums.to(self._totals.device, non_blocking=True)
+        waits = self._totals.device.type == "cpu"  # a copy to the CPU that does not wait is read before it is there
+        self._totals += sums.to(self._totals.device, non_blocking=not waits)
 
     @property
     def _size(self) -> int:
