@@ -72,8 +72,11 @@ def sample_weights(
             loss = F.cross_entropy(model(x), y) + draw.kl / num_data
         loss.backward()
 
-    All samples of a batch, and all batches inside the block, see the same weights. Blundell et al., "Weight
-    uncertainty in neural networks", ICML 2015; ``ops/gaussian_weights.py`` has the formulas.
+    All samples of a batch, and all batches inside the block, see the same weights. Activation checkpointing computes
+    layers again in backward, which must then be inside the block too, and with ``use_reentrant=False``: outside it they
+    would draw noise of their own, and the reentrant kind would return wrong gradients without a word.
+
+    Blundell et al., "Weight uncertainty in neural networks", ICML 2015; ``ops/gaussian_weights.py`` has the formulas.
 
     Args:
         model: a module with LRT layers, in any wrapper (compile, DistributedDataParallel).

@@ -145,3 +145,19 @@ draw = ops.gaussian_weights
 def test_gaussian_weights_bad_inputs(function, error, message):
     with pytest.raises(error, match=f"gaussian_weights: .*{message}"):
         function()
+
+
+@pytest.mark.parametrize("parameterization", ["weight", "additive"])
+def test_gaussian_weights_kl_gradient_is_clamped_as_a_product(parameterization):
+    """The slope of the KL to a weight near 0 is past float16, its share of an ELBO is not."""
+    weight = torch.tensor([[3e-6, 1.0]], dtype=torch.float16, requires_grad=True)
+    scale = torch.full((1, 2), -25.0 if parameterization == "additive" else 0.0, dtype=torch.float16)
+    prior = "log_uniform" if parameterization == "additive" else "normal"
+
+    def gradient(weight, scale, formula=ops.gaussian_weights):
+        _, kl = formula([weight], [scale], [parameterization], 1, prior=prior)
+        return torch.autograd.grad(kl, weight, torch.tensor(1e-4, dtype=kl.dtype))[0]
+
+    exact = gradient(weight.detach().double().requires_grad_(), scale.double())
+    assert exact[0, 0].abs() > 6.5504  # more than 1e-4 times the largest float16
+    torch.testing.assert_close(gradient(weight, scale).double(), exact, rtol=2e-3, atol=1e-6)

@@ -256,6 +256,10 @@ def test_report_prints_saves_and_loads(tmp_path):
     np.savez(tmp_path / "other.npz", ts=np.zeros(3))
     with pytest.raises(ValueError, match=r"UncertaintyReport.load: .*other.npz must have .* got \['ts'\]"):
         lsf.UncertaintyReport.load(tmp_path / "other.npz")
+    with np.load(tmp_path / "report.npz") as arrays:
+        np.savez(tmp_path / "words.npz", **{name: "hello" for name in arrays})
+    with pytest.raises(ValueError, match="in .*words.npz must hold numbers, got <U5"):
+        lsf.UncertaintyReport.load(tmp_path / "words.npz")
 
 
 def test_reliability_diagram(tmp_path):

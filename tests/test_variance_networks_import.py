@@ -1,6 +1,7 @@
 """Checkpoints in the layout of github.com/da-molchanov/variance-networks, whose layers' outputs are computed here."""
 
 import collections
+import re
 
 import pytest
 import torch
@@ -192,10 +193,35 @@ def test_other_models_are_refused_with_advice():
         (
             nn.Linear(2, 2),
             {"weight": 3},
-            "checkpoint must be a state_dict or the path of one, got dict with other values",
+            "checkpoint must map names to tensors, got a",
         ),
     ],
 )
 def test_bad_arguments(model, state, message):
     with pytest.raises(TypeError, match=f"load_variance_networks: {message}"):
         lsf.load_variance_networks(model, state)
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "message"),
+    [
+        (torch.empty(3, 4, device="meta"), ValueError, "fc.W must be a dense real tensor with values"),
+        (torch.ones(3, 4).to_sparse(), ValueError, "fc.W must be a dense real tensor with values"),
+        (torch.ones(3, 4, dtype=torch.complex64), ValueError, "fc.W must be a dense real tensor with values"),
+        (torch.full((3, 4), float("nan")), ValueError, "fc.W must have finite numbers"),
+        ({"W": torch.ones(3, 4)}, TypeError, "must map names to tensors, got a dict under 'fc.W'; if it holds"),
+    ],
+)
+def test_values_that_cannot_be_copied_leave_the_model_alone(value, error, message):
+    model = lsf.to_lrt(nn.Sequential(collections.OrderedDict(fc=nn.Linear(4, 3))), "layer")
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    state = {"fc.bias": torch.zeros(1, 3), "fc.log_alpha": torch.zeros(1, 1), "fc.W": value}
+    with pytest.raises(error, match=re.escape(message)):
+        lsf.load_variance_networks(model, state)
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+
+
+def test_keys_that_are_no_names():
+    model = lsf.to_lrt(nn.Sequential(nn.Linear(4, 3)), "layer")
+    with pytest.raises(TypeError, match="must map names to tensors, got a Tensor under 1"):
+        lsf.load_variance_networks(model, {1: torch.ones(1)})

@@ -121,14 +121,14 @@ LSF_INLINE void piece_gradients(const GaussianPiece& piece, const float* grad, F
     if (kMultiplicative) w = load(piece.weight + i, extent), weight_grad = fused_mul_add(g, noise, g);
     Floats scale_grad = splat(0.5f) * g * (w * noise);
     if (kKL != KLGradient::none)
-      scale_grad = fused_mul_add(grad_kl, saturate(load(slope + i, extent), t.scale.dtype), scale_grad);
+      scale_grad += saturate(grad_kl * saturate(load(slope + i, extent), DType::f32), t.scale.dtype);
     if (kKL == KLGradient::both) {
       Floats s = load(weight_slope + i, extent);
       if (kMultiplicative) {  // dlog_sigma2 / dweight = 2 / weight
         const Floats by_variance = splat(2.0f) * load(slope + i, extent) / w;
         s += magnitude(w) > splat(kLeastWeight) ? by_variance : splat(0.0f);
       }
-      weight_grad = fused_mul_add(grad_kl, saturate(s, t.weight.dtype), weight_grad);
+      weight_grad += saturate(grad_kl * saturate(s, DType::f32), t.weight.dtype);
     }
     store(to_weight + i, weight_grad, extent);
     store(to_scale + i, scale_grad, extent);

@@ -43,19 +43,15 @@ def load_variance_networks(model: nn.Module, checkpoint: Mapping[str, torch.Tens
         ``model``, which is changed only if everything fits.
 
     Raises:
-        FileNotFoundError, TypeError: there is no such file, or the arguments are neither.
-        ValueError: the file is damaged, or names or shapes do not fit; the message lists them all and which layers of
-            the model have to be converted how.
+        OSError, TypeError: there is no such file, or the arguments are neither.
+        ValueError: the file is damaged, a tensor holds other than finite real numbers, or names or shapes do not fit;
+            the message lists them all and which layers of the model have to be converted how.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"{_CALLER}: model must be a torch.nn.Module, got {type(model).__name__}")
     if isinstance(checkpoint, str | os.PathLike):
         checkpoint = load_state(_CALLER, checkpoint)
-    if not isinstance(checkpoint, Mapping) or not all(isinstance(t, torch.Tensor) for t in checkpoint.values()):
-        raise TypeError(
-            f"{_CALLER}: checkpoint must be a state_dict or the path of one, got {type(checkpoint).__name__}"
-            + (" with other values than tensors" if isinstance(checkpoint, Mapping) else "")
-        )
+    _check(checkpoint)
     inner = unwrap(model)
     found = _without_prefix({plain_name(name): t for name, t in checkpoint.items()}, inner)
     values, mismatched = {}, []
@@ -80,6 +76,24 @@ def load_variance_networks(model: nn.Module, checkpoint: Mapping[str, torch.Tens
         targets[name].copy_(value)
     torch.clear_autocast_cache()
     return model
+
+
+def _check(checkpoint) -> None:
+    """All that could stop a copy half-way, before the first."""
+    if not isinstance(checkpoint, Mapping):
+        raise TypeError(
+            f"{_CALLER}: checkpoint must be a state_dict or the path of one, got {type(checkpoint).__name__}"
+        )
+    for name, t in checkpoint.items():
+        if not isinstance(name, str) or not isinstance(t, torch.Tensor):
+            raise TypeError(
+                f"{_CALLER}: checkpoint must map names to tensors, got a {type(t).__name__} under {name!r}; if it "
+                "holds the state_dict beside other things, pass that alone"
+            )
+        if t.is_meta or t.layout != torch.strided or t.is_complex() or t.is_quantized:
+            raise ValueError(f"{_CALLER}: {name} must be a dense real tensor with values, got {t.dtype} {t.layout}")
+        if not torch.isfinite(t).all():
+            raise ValueError(f"{_CALLER}: {name} must have finite numbers")
 
 
 def _without_prefix(found: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:

@@ -143,11 +143,11 @@ def gaussian_weights_backward_reference(
         if relative:
             to_scale = to_scale.sum_to_size(_spread_shape(scale, weight, parameterization)).view(scale.shape)
         _, slope, weight_slope = _kl(weight, scale, parameterization, prior, prior_std)
-        to_scales.append(to_scale if slope is None else to_scale + grad_kl * _within(slope, scales[i].dtype))
+        to_scales.append(to_scale if slope is None else to_scale + _times(grad_kl, slope, scales[i].dtype))
         if weight is not None:
             to_weight = grad + grad * noise if relative else grad
             dtype = weights[len(to_weights)].dtype
-            to_weights.append(to_weight if weight_slope is None else to_weight + grad_kl * _within(weight_slope, dtype))
+            to_weights.append(to_weight if weight_slope is None else to_weight + _times(grad_kl, weight_slope, dtype))
     found = zip((*to_weights, *to_scales), (*weights, *scales), needed, strict=True)
     return [
         grad.to(t.dtype, copy=True, memory_format=torch.contiguous_format).view(t.shape)
@@ -156,10 +156,10 @@ def gaussian_weights_backward_reference(
     ]
 
 
-def _within(slope, dtype):
-    """Finite numbers of ``dtype``: that of the KL to a weight near 0 is past those of float16."""
-    limit = torch.finfo(dtype).max
-    return slope.clamp(-limit, limit)
+def _times(grad_kl, slope, dtype):
+    """Their product within the finite numbers of ``dtype``: the KL's slope to a weight near 0 may be past them."""
+    widest, limit = torch.finfo(slope.dtype).max, torch.finfo(dtype).max
+    return (grad_kl * slope.clamp(-widest, widest)).clamp(-limit, limit)
 
 
 def _kl_dtype(scales):

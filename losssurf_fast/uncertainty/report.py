@@ -94,4 +94,7 @@ class UncertaintyReport:
         names = {field.name for field in fields(cls)}
         if set(arrays) != names:
             raise ValueError(f"UncertaintyReport.load: {path} must have {sorted(names)}, got {sorted(arrays)}")
+        for name, value in arrays.items():
+            if value.dtype.kind not in "if":
+                raise ValueError(f"UncertaintyReport.load: {name} in {path} must hold numbers, got {value.dtype}")
         return cls(**{name: value.item() if value.ndim == 0 else value for name, value in arrays.items()})
