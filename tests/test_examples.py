@@ -1,7 +1,9 @@
 """The example runs through its own main(), tiny; nothing here reads the network."""
 
+import importlib
 import json
 import socket
+import sys
 
 import pytest
 import torch
@@ -110,6 +112,13 @@ def test_bad_input():
         EagerLayer(lsf.nn.LRTLinear(3, 2, parameterization="neuron"))
     with pytest.raises(NotImplementedError, match="LRTLinear or LRTConv2d with zeros around"):
         EagerLayer(lsf.nn.LRTConv2d(1, 2, 3, padding=1, padding_mode="circular"))
+
+
+def test_gpt_without_compile_needs_nothing_private_of_torch(monkeypatch):
+    for name in ("cpp_builder", "exc"):
+        monkeypatch.setitem(sys.modules, f"torch._inductor.{name}", None)  # importing it fails
+    importlib.reload(gpt)
+    assert gpt.why_not_compiled(gpt.parse(["--no-compile"])) == "not asked for"
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch._inductor.cpp_builder import get_cpp_compiler
-from torch._inductor.exc import InvalidCxxCompiler
 
 import losssurf_fast as lsf
 from examples.gpt.corpus import Corpus, documentation
@@ -59,6 +57,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def why_not_compiled(arguments: argparse.Namespace) -> str | None:
     if arguments.no_compile:
         return "not asked for"
+    from torch._inductor.cpp_builder import get_cpp_compiler  # private: nothing but torch.compile must depend on them
+    from torch._inductor.exc import InvalidCxxCompiler
+
     try:
         get_cpp_compiler()
     except InvalidCxxCompiler:
