@@ -265,6 +265,19 @@ def test_cifar(monkeypatch, tmp_path):
     assert (coarse.num_classes, coarse.test_y.tolist()) == (20, [19] * 20)
 
 
+@pytest.mark.parametrize(
+    "content",
+    [b"", pickle.dumps({"coarse_labels": [7] * 40})[:-9], pickle.dumps(7), b"(lp0\nS'\\xZZ'\n.", b"not pickled"],
+)
+def test_damaged_coarse_labels(content, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "torchvision", argparse.Namespace())
+    monkeypatch.setitem(sys.modules, "torchvision.datasets", FakeTorchvision())
+    (tmp_path / "cifar-100-python").mkdir()
+    (tmp_path / "cifar-100-python" / "train").write_bytes(content)
+    with pytest.raises(SystemExit, match="trial: .*train must hold CIFAR-100's coarse labels"):
+        experiment_data.load("cifar100-coarse", str(tmp_path), caller="trial")
+
+
 def test_images_of_the_wrong_size(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "torchvision", argparse.Namespace())
     monkeypatch.setitem(sys.modules, "torchvision.datasets", FakeTorchvision())
