@@ -40,6 +40,7 @@ def test_gpt_trains_and_reports(parameterization, tmp_path, capsys, offline):
     costs = report["eager"]
     assert costs.keys() == {"plain", "eager", "ours"} and all(cost["step_ms"] > 0 for cost in costs.values())
     assert costs["plain"]["saved_mib"] < costs["ours"]["saved_mib"] < costs["eager"]["saved_mib"]
+    assert all(cost["peak_mib"] > cost["saved_mib"] for cost in costs.values())
     assert report["compiled"] is None and report["sample"].startswith("The layer ")
     assert "not compiled: not asked for" in capsys.readouterr().out
 
