@@ -12,6 +12,22 @@ from losssurf_fast.nn import LRTConv2d, LRTLinear
 from losssurf_fast.nn.lrt import LRTLayer
 
 
+def eager_lrt(product, spatial: int, x, weight, log_sigma2, bias) -> torch.Tensor:
+    """The published formula with torch's noise; our references draw theirs from the kernels under test.
+
+    Args:
+        product: ``F.linear`` or a convolution.
+        spatial: how many sizes its output has behind the channels.
+        weight: the means; None where they are zero.
+    """
+    var = product(x.square(), log_sigma2.exp())
+    mean = bias if bias is None else bias.view(-1, *[1] * spatial)
+    if weight is not None:
+        mean = product(x, weight, bias)
+    noise = torch.sqrt(var + 1e-16) * torch.randn_like(var)
+    return noise if mean is None else mean + noise
+
+
 class EagerLayer(nn.Module):
     """The published formula with torch's noise, from copies of the parameters of an "additive" or "variance" layer.
 
@@ -29,11 +45,7 @@ class EagerLayer(nn.Module):
         self.product, self.spatial = _product(layer)
 
     def forward(self, x):
-        var = self.product(x.square(), self.log_sigma2.exp())
-        noise = torch.sqrt(var + 1e-16) * torch.randn_like(var)
-        if self.weight is not None:
-            return self.product(x, self.weight, self.bias) + noise
-        return noise if self.bias is None else self.bias.view(-1, *[1] * self.spatial) + noise
+        return eager_lrt(self.product, self.spatial, x, self.weight, self.log_sigma2, self.bias)
 
     def kl(self):
         """From the log-uniform prior, by the published approximation; that of a variance layer is constant."""

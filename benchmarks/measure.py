@@ -7,6 +7,7 @@ are medians over rounds of ratios within a round.
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -122,12 +123,23 @@ class Step:
         return sum(size for place, size in storages.items() if place not in parameters) / MIB
 
 
-def peak_mib(step: Step) -> float:
-    """Most GPU memory that one call holds beyond what was held before it."""
+def peak_mib(step: Step, device: torch.device) -> float:
+    """Most memory that one call's tensors hold on ``device`` beyond what was held before it."""
+    if device.type == "cpu":
+        return _peak_on_cpu(lambda: step.sample(time.perf_counter, 1)) / MIB
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     step.sample(time.perf_counter, 1)
     return (torch.cuda.max_memory_allocated() - before) / MIB
+
+
+def _peak_on_cpu(call: Callable[[], object]) -> int:
+    """Bytes; the profiler sees every allocation and release of torch's allocator, in whatever kernel it is."""
+    with torch.autograd.profiler.profile(profile_memory=True) as profiler:
+        call()
+    events = [e for e in profiler.kineto_results.events() if e.name() == "[memory]"]
+    changes = (e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
+    return max(itertools.accumulate(changes), default=0)
 
 
 def make_step(name: str, setup: Setup, mode: str, backend: str) -> Step:
@@ -200,7 +212,7 @@ def measure(case: Case, budget: Budget, threads: int, device: torch.device) -> l
             errors[name] = f"{type(error).__name__}: {error}".splitlines()[0]
     peaks = {}
     if device.type == "cuda":
-        peaks = {name: peak_mib(step) for name, step in steps.items()}
+        peaks = {name: peak_mib(step, device) for name, step in steps.items()}
         times = time_gpu(steps, budget)
     else:
         times = time_cpu(steps, budget, threads)

@@ -7,11 +7,13 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from experiments import data, models, report
+from losssurf_fast.averaging.batch_norm import agree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,14 +43,15 @@ class Setting:
         return self.rank == 0
 
     def identity(self) -> dict:
-        """The flags that a training's numbers depend on."""
-        keys = ("experiment", "data", "model", "width", "epochs", "batch_size", "lr", "seed", "quick", "bf16")
+        """The flags that a training's numbers depend on, and the number of ranks."""
+        flags = ("data", "model", "width", "epochs", "batch_size", "lr", "seed", "quick", "bf16", "compile")
+        keys = ("experiment", *flags, "world")
         return {key: getattr(self, key) for key in keys}
 
     def load_data(self) -> data.Data:
         """The data on the device, of the size that the model takes; ``--quick`` takes a part of them."""
-        with self.first_before_others():
-            found = data.load(self.data, self.root, size=models.MODELS[self.model].size, caller=self.experiment)
+        load = lambda: data.load(self.data, self.root, size=models.MODELS[self.model].size, caller=self.experiment)
+        found = self.first_before_others(load)
         if self.quick:
             cut = lambda t: t[: 256 if len(t) == len(found.train_y) else 128]
             found = found.map(cut, cut)
@@ -76,14 +79,22 @@ class Setting:
         if self.first:
             print(text, flush=True)
 
-    @contextlib.contextmanager
-    def first_before_others(self) -> Iterator[None]:
-        """The first rank runs the block before all others do, so that it alone downloads or writes."""
-        if self.world > 1 and not self.first:
-            dist.barrier()
-        yield
-        if self.world > 1 and self.first:
-            dist.barrier()
+    def jointly(self, compute: Callable[[], Any]) -> Any:
+        """What ``compute`` returns on this rank; where it fails on one of the ranks, all end: none waits for it."""
+        if self.world == 1:
+            return compute()
+        result, error = None, None
+        try:
+            result = compute()
+        except (Exception, SystemExit) as e:  # raised by agree, once the other ranks know
+            error = e
+        agree(self.experiment, error, self.device, None)
+        return result
+
+    def first_before_others(self, compute: Callable[[], Any]) -> Any:
+        """What ``compute`` returns; the first rank runs it before all others do, so that it alone downloads."""
+        found = self.jointly(lambda: compute() if self.first else None)
+        return self.jointly(lambda: found if self.first else compute())
 
 
 def main(
@@ -113,8 +124,7 @@ def main(
             experiment=experiment, data=parsed.data, root=parsed.root, seed=parsed.seed, quick=parsed.quick, out=out,
             device=device, bf16=parsed.bf16, compile=parsed.compile, rank=rank, world=world, **chosen,
         )  # fmt: skip
-        if setting.first:
-            report.prepare(setting)
+        setting.jointly(lambda: report.prepare(setting) if setting.first else None)
         began = time.perf_counter()
         result = procedure(setting)
         if setting.first:

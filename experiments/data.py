@@ -91,13 +91,13 @@ def _cifar(name: str, root: str | None, caller: str) -> Data:
     return Data(name, *parts, classes, augmented=True).map(lambda x: (x - mean) / std)
 
 
-def _coarse_labels(root: str, train: bool, caller: str) -> list[int]:
+def _coarse_labels(root: str, train: bool, caller: str) -> torch.Tensor:
     """Those of the superclasses, which torchvision checks the file of but does not read."""
     path = Path(root) / "cifar-100-python" / ("train" if train else "test")
     try:
         with open(path, "rb") as file:
-            return pickle.load(file, encoding="latin1")["coarse_labels"]
-    except (OSError, KeyError, pickle.UnpicklingError) as error:
+            return torch.as_tensor(pickle.load(file, encoding="latin1")["coarse_labels"])
+    except Exception as error:  # what pickle raises for damaged files differs with the damage
         raise SystemExit(f"{caller}: {path} must hold CIFAR-100's coarse labels: {error}") from error
 
 

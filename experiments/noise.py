@@ -14,6 +14,7 @@ from experiments import trainer
 from experiments.command import Setting
 from experiments.data import Batches, Data
 from losssurf_fast.nn.lrt import LRTLayer
+from losssurf_fast.prediction import predicted
 
 SCHEMES = ("stochastic", "deterministic", "ensemble")
 STYLES = {
@@ -77,7 +78,7 @@ class Prediction(nn.Module):
         self.model, self.scheme, self.num_samples, self.seed = model, scheme, num_samples, seed
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return lsf.predict(self.model, x, self.scheme, self.num_samples, seed=self.seed).log()
+        return predicted(self.model, x, self.scheme, self.num_samples, self.seed).log_probs
 
 
 def accuracy(setting: Setting, model: nn.Module, batches: Batches, scheme: str, num_samples: int = 1) -> float:

@@ -71,7 +71,7 @@ def finish(setting, result: Result, seconds: float) -> None:
     paths = save_pictures(setting.out, dict(result.figures))
     record = {
         "experiment": setting.experiment,
-        "flags": setting.identity() | {"device": str(setting.device), "world": setting.world},
+        "flags": setting.identity() | {"device": str(setting.device)},
         "results": result.numbers,
         "versions": {"losssurf_fast": losssurf_fast.__version__, "torch": torch.__version__, "git": _revision()},
         "threads": torch.get_num_threads(),

@@ -2,7 +2,8 @@
 
 A training has a name and a file ``<out>/<name>.pt``, which is whole after every epoch. The same command goes on from
 there after it was killed, with the numbers of a run that was not: each epoch's batches and noise come from a seed of
-its own. A training that is done is only loaded.
+its own. A training that is done is only loaded. Numbers depend on how many ranks there are (noise, BatchNorm), so a
+checkpoint is refused by another number of them.
 """
 
 import math
@@ -71,6 +72,7 @@ def train(
         if not math.isfinite(found["loss"]):
             raise SystemExit(f"{setting.experiment}: the loss of {name} is {found['loss']} in epoch {epoch + 1};"
                              f"\ntry a smaller --lr than {setting.lr:g}")  # fmt: skip
+        _share_buffers(setting, model)
         if average is not None and schedule.collect_now:
             average.update_parameters(model)
         if schedule is not None:
@@ -94,6 +96,13 @@ def _epoch(setting, model, batches, optimizer, loss, epoch: int, epochs: int) ->
     if setting.world > 1:
         dist.all_reduce(total)
     return total.item() / len(batches) / setting.world
+
+
+def _share_buffers(setting: Setting, model: nn.Module) -> None:
+    """Give all ranks the first one's running statistics, which are those that the checkpoint keeps."""
+    if setting.world > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)
 
 
 def _prepared(setting: Setting, model: nn.Module) -> nn.Module:
@@ -141,7 +150,7 @@ class _Checkpoint:
 
     def resume(self) -> list[dict[str, float]]:
         """Load the file, if there is one, into the parts; its history, else an empty one."""
-        found = self._read() if self.setting.first else None
+        found = self.setting.jointly(lambda: self._read() if self.setting.first else None)
         if self.setting.world > 1:
             shared = [found]
             dist.broadcast_object_list(shared, src=0, device=self.setting.device)
@@ -167,11 +176,12 @@ class _Checkpoint:
         theirs = found["identity"]
         for key, value in self.identity.items():
             if theirs.get(key) != value:
-                what = "another architecture" if key == "shapes" else f"{key} {theirs.get(key)}, this run has {value}"
+                label = "number of ranks" if key == "world" else key
+                what = "another architecture" if key == "shapes" else f"{label} {theirs.get(key)}, this run has {value}"
                 return f"{self.path} is of a run with {what};\nuse its flags, delete it, or give another --out"
         return found
 
     def save(self, history: list[dict[str, float]]) -> None:
-        if self.setting.first:
-            states = {key: part.state_dict() for key, part in self.parts.items()}
-            save_state({"identity": self.identity, "states": states, "history": history}, self.path)
+        states = {key: part.state_dict() for key, part in self.parts.items()}
+        state = {"identity": self.identity, "states": states, "history": history}
+        self.setting.jointly(lambda: save_state(state, self.path) if self.setting.first else None)

@@ -47,7 +47,6 @@ def prediction(model: nn.Module, scheme: str):
         yield model
 
 
-@torch.no_grad()
 def predict(
     model: nn.Module,
     x: torch.Tensor,
@@ -75,6 +74,14 @@ def predict(
     Raises:
         TypeError, ValueError: bad arguments, no stochastic layers to draw from, or an output that is no logits.
     """
+    return predicted(model, x, scheme, num_samples, seed, draws_per_call).probs
+
+
+@torch.no_grad()
+def predicted(
+    model: nn.Module, x: torch.Tensor, scheme: str, num_samples: int, seed: int | None, draws_per_call: int = 1
+) -> OnlineEnsemble:
+    """The ensemble behind :func:`predict`, whose log-probabilities are finite where probabilities are rounded to 0."""
     draws = check_draws("predict", scheme, num_samples, seed)
     if isinstance(draws_per_call, bool) or not isinstance(draws_per_call, int) or draws_per_call < 1:
         raise ValueError(f"predict: draws_per_call must be a positive int, got {draws_per_call!r}")
@@ -86,7 +93,7 @@ def predict(
     with drawing("predict", model, scheme, seed, x):
         for start in range(0, draws, draws_per_call):
             ensemble.update(_logits(model, x, min(draws_per_call, draws - start)), stacked=True)
-    return ensemble.probs
+    return ensemble
 
 
 def _refuse_shared_draws(model: nn.Module, draws_per_call: int) -> None:

@@ -23,6 +23,15 @@ def test_percentile_interpolates():
     assert measure.percentile([7.0], 0.2) == 7.0
 
 
+def test_peak_on_the_cpu_is_the_most_held_at_once():
+    def step():
+        first, second = torch.empty(2**21), torch.empty(2**21)  # 8 MiB each
+        del first
+        return second, torch.empty(2**20)
+
+    assert measure.peak_mib(measure.Step(step, (), "forward"), CPU) == pytest.approx(16, abs=0.01)
+
+
 def test_paired_ratio_is_taken_within_rounds():
     # The machine slows down fourfold after one round: the ratio of medians would be 8 / 4 or 8 / 1.
     assert measure.paired_ratio([2.0, 8.0, 8.0], [1.0, 4.0, 4.0]) == 2.0

@@ -1,7 +1,9 @@
 """The example runs through its own main(), tiny; nothing here reads the network."""
 
+import importlib
 import json
 import socket
+import sys
 
 import pytest
 import torch
@@ -38,6 +40,7 @@ def test_gpt_trains_and_reports(parameterization, tmp_path, capsys, offline):
     costs = report["eager"]
     assert costs.keys() == {"plain", "eager", "ours"} and all(cost["step_ms"] > 0 for cost in costs.values())
     assert costs["plain"]["saved_mib"] < costs["ours"]["saved_mib"] < costs["eager"]["saved_mib"]
+    assert all(cost["peak_mib"] > cost["saved_mib"] for cost in costs.values())
     assert report["compiled"] is None and report["sample"].startswith("The layer ")
     assert "not compiled: not asked for" in capsys.readouterr().out
 
@@ -110,6 +113,13 @@ def test_bad_input():
         EagerLayer(lsf.nn.LRTLinear(3, 2, parameterization="neuron"))
     with pytest.raises(NotImplementedError, match="LRTLinear or LRTConv2d with zeros around"):
         EagerLayer(lsf.nn.LRTConv2d(1, 2, 3, padding=1, padding_mode="circular"))
+
+
+def test_gpt_without_compile_needs_nothing_private_of_torch(monkeypatch):
+    for name in ("cpp_builder", "exc"):
+        monkeypatch.setitem(sys.modules, f"torch._inductor.{name}", None)  # importing it fails
+    importlib.reload(gpt)
+    assert gpt.why_not_compiled(gpt.parse(["--no-compile"])) == "not asked for"
 
 
 @pytest.mark.parametrize(

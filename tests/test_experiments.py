@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 import experiments
@@ -92,6 +93,7 @@ def test_checkpoint_of_another_run_is_refused(tmp_path):
         (("--seed", 1), "is of a run with seed 0, this run has 1"),
         (("--width", 3), "is of a run with width 2, this run has 3"),
         (("--lr", 0.2), "is of a run with lr 0.1, this run has 0.2"),
+        (("--compile",), "is of a run with compile False, this run has True"),
     ):
         with pytest.raises(SystemExit, match=message + ";\nuse its flags, delete it, or give another --out"):
             run(averaged_training, tmp_path, *flags)
@@ -173,6 +175,59 @@ def test_two_ranks_train_as_one_process(tmp_path):
     assert together["sum"] == pytest.approx(alone["sum"], rel=1e-4)
     for ours, theirs in zip(together["history"], alone["history"], strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
+    with pytest.raises(SystemExit, match="is of a run with number of ranks 2, this run has 1"):
+        run(linear_training, tmp_path / "ranks")
+
+
+def measured_again(setting):
+    """What a training with BatchNorm found last, and what its network gives afterwards; ranks have equal buffers."""
+    data = setting.load_data()
+    model = setting.build(data)
+    measure = lambda epoch=None: trainer.evaluate(setting, model, setting.test_batches(data))
+    optimizer = trainer.sgd(setting, model, 1e-3)
+    history = trainer.train(setting, "net", model, setting.train_batches(data), optimizer, 2, measure=measure)
+    for buffer in model.buffers():
+        others = [torch.empty_like(buffer) for _ in range(setting.world)]
+        dist.all_gather(others, buffer)
+        assert all(torch.equal(buffer, other) for other in others)
+    return [history[-1], measure()]
+
+
+def _ranks_measure_again(rank, folder):
+    found = []
+    procedure = lambda setting: found.append(measured_again(setting)) or report.Result("", {}, {})
+    for _ in range(2):  # the second time it is loaded
+        command.main("trial", procedure, DEFAULTS, ["--quick", "--out", folder])
+    assert found[0] == found[1]
+    assert found[0][0] == found[0][1]
+
+
+def test_ranks_measure_the_network_that_is_saved(tmp_path):
+    run_ranks(_ranks_measure_again, str(tmp_path))
+
+
+def _fail(*args, **options):
+    raise OSError("the first rank's disk")
+
+
+def _first_rank_fails(rank, folder):
+    expected = (OSError, "the first rank's disk") if rank == 0 else (RuntimeError, "trial: 1 other ranks failed")
+    places = ((experiment_data, "load"), (trainer, "load_state"), (trainer, "save_state"), (report, "prepare"))
+    for owner, name in places:
+        if name == "load_state":
+            (Path(folder) / "net.pt").touch()
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(expected[0], match=expected[1]):
+            if rank == 0:
+                patch.setattr(owner, name, _fail)
+            command.main("trial", linear_training, DEFAULTS, ["--quick", "--out", folder])
+        dist.barrier()
+        if rank == 0:
+            (Path(folder) / "net.pt").unlink(missing_ok=True)
+        dist.barrier()
+
+
+def test_no_rank_waits_for_a_first_one_that_failed(tmp_path):
+    run_ranks(_first_rank_fails, str(tmp_path), timeout=60)
 
 
 def test_batches_come_once_in_an_order_of_their_own():
@@ -263,6 +318,19 @@ def test_cifar(monkeypatch, tmp_path):
         (tmp_path / "cifar-100-python" / name).write_bytes(pickle.dumps({"coarse_labels": labels}))
     coarse = experiment_data.load("cifar100-coarse", str(tmp_path))
     assert (coarse.num_classes, coarse.test_y.tolist()) == (20, [19] * 20)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", pickle.dumps({"coarse_labels": [7] * 40})[:-9], pickle.dumps(7), b"(lp0\nS'\\xZZ'\n.", b"not pickled"],
+)
+def test_damaged_coarse_labels(content, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "torchvision", argparse.Namespace())
+    monkeypatch.setitem(sys.modules, "torchvision.datasets", FakeTorchvision())
+    (tmp_path / "cifar-100-python").mkdir()
+    (tmp_path / "cifar-100-python" / "train").write_bytes(content)
+    with pytest.raises(SystemExit, match="trial: .*train must hold CIFAR-100's coarse labels"):
+        experiment_data.load("cifar100-coarse", str(tmp_path), caller="trial")
 
 
 def test_images_of_the_wrong_size(monkeypatch, tmp_path):

@@ -98,6 +98,16 @@ def test_lenet_has_the_published_sizes():
     assert model.fc1.weight.shape == (500, 800) and model(torch.randn(2, 1, 28, 28)).shape == (2, 10)
 
 
+@pytest.mark.parametrize("scheme", noise.SCHEMES)
+def test_log_probabilities_of_sure_networks_are_finite(scheme):
+    """A probability of exp(-1000) is 0 in every dtype."""
+    model = torch.nn.Sequential(lsf.nn.LRTLinear(1, 2, init_log_sigma2=-40.0))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[0.0], [1000.0]]))
+    log_probs = noise.Prediction(model, scheme, num_samples=3)(torch.ones(1, 1))
+    torch.testing.assert_close(log_probs, torch.tensor([[-1000.0, 0.0]]), atol=0.1, rtol=0)
+
+
 def test_other_networks_are_refused(tmp_path):
     with pytest.raises(SystemExit, match="--model must be a LeNet-5 or vgg-like, got preresnet20"):
         variance_networks.main(["--quick", "--model", "preresnet20", "--out", str(tmp_path)])

@@ -4,6 +4,7 @@ The shapes are layers of LeNet-5 on MNIST and of VGG on CIFAR. The first layer o
 trained: its input, the data, needs no gradient.
 """
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -12,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from benchmarks.cases import Case, Setup, dtype_of
+from benchmarks.eager import eager_lrt
 from losssurf_fast.ops.lrt_conv_functions import lrt_conv2d
 
 # batch, input channels, size, output channels, kernel size, padding
@@ -22,13 +24,6 @@ VGG_2 = (128, 64, 16, 128, 3, 1)
 VGG_3 = (128, 256, 8, 256, 3, 1)
 TINY = (2, 3, 4, 5, 3, 1)
 FIRST_LAYERS = 3  # input channels at most
-
-
-def eager_lrt_conv(x, weight, scale, bias, padding: int) -> torch.Tensor:
-    """The published formula with torch's noise; lrt_conv_reference draws its noise from the kernel under test."""
-    var = F.conv2d(x.square(), scale.exp(), padding=padding)
-    mean = bias.view(-1, 1, 1) if weight is None else F.conv2d(x, weight, bias, padding=padding)
-    return mean + torch.sqrt(var + 1e-16) * torch.randn_like(var)
 
 
 def inputs(shape, dtype: torch.dtype, parameterization: str, memory_format, device) -> tuple:
@@ -84,9 +79,7 @@ def _setup(shape, dtype: torch.dtype, parameterization: str, mode: str, memory_f
         tensors = inputs(shape, dtype, parameterization, memory_format, device)
         x, weight, scale, _ = tensors
 
-        def eager(x, weight, scale, bias):
-            return eager_lrt_conv(x, weight, scale, bias, padding)
-
+        eager = functools.partial(eager_lrt, functools.partial(F.conv2d, padding=padding), 2)
         if dtype != torch.float32:
             eager = torch.autocast(device.type, dtype)(eager)
 

@@ -1,7 +1,8 @@
 """Trains a small GPT with Gaussian weights on this repository's documentation and says what its noise costs.
 
 Three models take the same step, forward and backward in bf16: the plain one, the one with the published formula in
-plain torch, and ours. "saved" is what autograd keeps for backward, parameters excluded.
+plain torch, and ours. "saved" is what autograd keeps for backward, parameters excluded, "peak" the most that a step's
+tensors hold at once.
 """
 
 import argparse
@@ -11,8 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch._inductor.cpp_builder import get_cpp_compiler
-from torch._inductor.exc import InvalidCxxCompiler
 
 import losssurf_fast as lsf
 from examples.gpt.corpus import Corpus, documentation
@@ -59,6 +58,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def why_not_compiled(arguments: argparse.Namespace) -> str | None:
     if arguments.no_compile:
         return "not asked for"
+    from torch._inductor.cpp_builder import get_cpp_compiler  # private: nothing but torch.compile must depend on them
+    from torch._inductor.exc import InvalidCxxCompiler
+
     try:
         get_cpp_compiler()
     except InvalidCxxCompiler:
@@ -114,8 +116,7 @@ def print_costs(report: dict) -> None:
         for name, cost in report[way].items():
             label = {"plain": "plain", "eager": "plain torch LRT", "ours": "ours"}[name]
             label += " *" if way == "compiled" else ""
-            peak = "-" if cost["peak_mib"] is None else f"{cost['peak_mib']:.1f}"
-            print(f"{label:<18}{cost['step_ms']:>8.1f}{cost['saved_mib']:>11.2f}{peak:>10}")
+            print(f"{label:<18}{cost['step_ms']:>8.1f}{cost['saved_mib']:>11.2f}{cost['peak_mib']:>10.1f}")
         share = report[way]["ours"]["saved_mib"] / report[way]["eager"]["saved_mib"]
         print(f"ours keeps {share:.0%} of what the formula in plain torch keeps")
     if report["compiled"]:

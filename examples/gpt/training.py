@@ -88,7 +88,7 @@ def costs(steps: dict[str, Callable], inputs: tuple, rounds: int) -> dict[str, d
         name: {
             "step_ms": 1e3 * statistics.median(times[name]),
             "saved_mib": run.saved_mib(),
-            "peak_mib": peak_mib(run) if on_gpu else None,
+            "peak_mib": peak_mib(run, inputs[0].device),
         }
         for name, run in runs.items()
     }
