@@ -9,6 +9,7 @@ are medians over rounds of ratios within a round.
 import argparse
 import itertools
 import json
+import os
 import statistics
 import sys
 import time
@@ -135,6 +136,7 @@ def peak_mib(step: Step, device: torch.device) -> float:
 
 def _peak_on_cpu(call: Callable[[], object]) -> int:
     """Bytes; the profiler sees every allocation and release of torch's allocator, in whatever kernel it is."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler talks to the terminal
     with torch.autograd.profiler.profile(profile_memory=True) as profiler:
         call()
     events = [e for e in profiler.kineto_results.events() if e.name() == "[memory]"]
