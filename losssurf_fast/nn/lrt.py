@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from losssurf_fast.nn.stochastic import StochasticLayer, stochastic_layers
+from losssurf_fast.nn.stochastic import StochasticLayer, named_stochastic_layers
 from losssurf_fast.nn.weight_space import Drawn, sample_output
 from losssurf_fast.ops.gaussian_weights import log_sigma2_of
 from losssurf_fast.ops.lrt import PARAMETERIZATIONS
@@ -135,13 +135,15 @@ class LRTLayer(StochasticLayer):
         """The Gaussian weights of this layer, those of its children excluded."""
         found = []
         for name in self.gaussian_weights(self):
-            scale = getattr(self, self.scale_name_of(name))
-            tie = id(self._held(self.scale_name_of(name)))
+            scale_name = self.scale_name_of(name)
+            scale, tie = getattr(self, scale_name), id(self._held(scale_name))
             found.append(Posterior(name, getattr(self, name), scale, self.parameterization, self.spread, tie))
         return found
 
     def _held(self, name: str) -> nn.Parameter:
         """The Parameter behind an attribute, also where that is parametrized."""
+        if name in self._parameters:
+            return self._parameters[name]
         return self.parametrizations[name].original if is_parametrized(self, name) else getattr(self, name)
 
     def forward(self, input: torch.Tensor, seed: int | torch.Tensor | None = None) -> torch.Tensor:
@@ -196,8 +198,7 @@ class LRTLayer(StochasticLayer):
 
 def lrt_layers(model: nn.Module, caller: str) -> list[tuple[str, LRTLayer]]:
     """The layers with Gaussian weights and their names, as ``named_modules`` has them; without any, ValueError."""
-    stochastic_layers(model, caller)  # refuses what would lose noise
-    found = [(name, module) for name, module in model.named_modules() if isinstance(module, LRTLayer)]
+    found = [named for named in named_stochastic_layers(model, caller) if isinstance(named[1], LRTLayer)]
     if not found:
         raise ValueError(f"{caller}: {type(model).__name__} has no stochastic layers; convert it with lsf.to_lrt first")
     return found

@@ -20,7 +20,12 @@ class StochasticLayer(nn.Module):
 
 
 def stochastic_layers(model: nn.Module, caller: str) -> list[StochasticLayer]:
-    """The stochastic layers of ``model``, each once.
+    """The layers of :func:`named_stochastic_layers` without their names."""
+    return [layer for _, layer in named_stochastic_layers(model, caller)]
+
+
+def named_stochastic_layers(model: nn.Module, caller: str) -> list[tuple[str, StochasticLayer]]:
+    """The stochastic layers of ``model``, each once, and their names.
 
     Raises:
         TypeError: ``model`` is not a module.
@@ -31,7 +36,7 @@ def stochastic_layers(model: nn.Module, caller: str) -> list[StochasticLayer]:
     layers = []
     for name, module in model.named_modules():
         if isinstance(module, StochasticLayer):
-            layers.append(module)
+            layers.append((name, module))
         elif isinstance(module, nn.MultiheadAttention) and isinstance(module.out_proj, StochasticLayer):
             raise RuntimeError(
                 f"{caller}: {_join(name, 'out_proj')} is a stochastic layer, but nn.MultiheadAttention reads its "
