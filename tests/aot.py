@@ -28,10 +28,11 @@ from losssurf_fast.ops import (
     kl_triton,
     lrt_linear_backward_triton,
     lrt_linear_triton,
+    lrt_operand_triton,
     lrt_sample_triton,
     noise_triton,
 )
-from losssurf_fast.ops.lrt import operand_dtype
+from losssurf_fast.ops.lrt_operand import operand_dtype
 from losssurf_fast.ops.lrt_strategy import Tile, dual_tile, parameter_tile
 from losssurf_fast.ops.noise_triton import EXACT, PLACE_ARGUMENTS
 
@@ -127,10 +128,10 @@ def elementwise_cases() -> list[Case]:
         cases += [
             Case(f"philox_normal {t}", noise_triton._philox_normal_kernel, {"out_ptr": t, "seed_ptr": "i64"}, TILE,
                  EXACT, 40),
-            Case(f"operands {t}", lrt_linear_triton._operands_kernel, operands,
-                 {"PARAMETERIZATION": "weight", "BLOCK": lrt_linear_triton.ELEMENTS}, {}, 40),
+            Case(f"operands {t}", lrt_operand_triton._operands_kernel, operands,
+                 {"PARAMETERIZATION": "weight", "BLOCK": lrt_operand_triton.ELEMENTS}, {}, 40),
             Case(f"operands_backward {t}", lrt_linear_backward_triton._operands_backward_kernel,
-                 operands | operand_grads, {"BLOCK": lrt_linear_triton.ELEMENTS}, {}, 48),
+                 operands | operand_grads, {"BLOCK": lrt_operand_triton.ELEMENTS}, {}, 48),
         ]  # fmt: skip
         for memory_format, tile in FORMATS.items():
             choices = {**tile, "FORMAT": memory_format, "ALPHA": "neuron"}

@@ -14,7 +14,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from losssurf_fast.nn.stochastic import StochasticLayer, named_stochastic_layers
 from losssurf_fast.nn.weight_space import Drawn, sample_output
 from losssurf_fast.ops.gaussian_weights import log_sigma2_of
-from losssurf_fast.ops.lrt import PARAMETERIZATIONS
+from losssurf_fast.ops.lrt_operand import PARAMETERIZATIONS
 from losssurf_fast.ops.lrt_sample import HALF_DTYPES
 
 INIT_LOG_ALPHA = -5.0  # that of Neklyudov et al., "Variance networks"
