@@ -61,6 +61,17 @@ LogVarianceGradient log_variance_gradient(const Tensor& x, const Tensor& scale, 
   return result;
 }
 
+std::tuple<Tensor, Tensor> lrt_variance_operand_cpu(const MaybeTensor& maybe_weight, const Tensor& scale_in,
+                                                    std::string_view parameterization, at::ScalarType dtype) {
+  TORCH_CHECK_NOT_IMPLEMENTED(at::isFloatingType(dtype) && !c10::isFloat8Type(dtype),
+                              "lrt_variance_operand: float8 operands are not multiplied on the CPU");
+  const KernelScope scope;
+  const Kind kind = kind_of(parameterization);
+  const Tensor scale = scale_in.contiguous(), weight = kind == Kind::variance ? Tensor() : maybe_weight->contiguous();
+  Scratch scratch;
+  return {variance_operand(kind, weight, scale, dtype, scratch).clone(), at::empty({0}, scale.options().dtype(at::kFloat))};
+}
+
 std::tuple<Tensor, Tensor> lrt_linear_cpu(const Tensor& x, const MaybeTensor& maybe_weight, const Tensor& scale_in,
                                           const MaybeTensor& maybe_bias, const Tensor& seed,
                                           std::string_view parameterization, int64_t row_offset, int64_t col_offset,
@@ -177,6 +188,7 @@ Tensor lrt_sample_backward_cpu(const Tensor& grad, const Tensor& var, const Tens
 TORCH_LIBRARY_IMPL(losssurf_fast, CPU, m) {
   m.impl("lrt_sample", &losssurf::lrt_sample_cpu);
   m.impl("lrt_sample_backward", &losssurf::lrt_sample_backward_cpu);
+  m.impl("lrt_variance_operand", &losssurf::lrt_variance_operand_cpu);
   m.impl("lrt_linear", &losssurf::lrt_linear_cpu);
   m.impl("lrt_linear_backward", &losssurf::lrt_linear_backward_cpu);
 }

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from losssurf_fast._library import define
-from losssurf_fast.ops.lrt_sample import LRT_DTYPES, check_companion
+from losssurf_fast.ops.lrt_sample import check_companion
 
 FLOAT8 = torch.float8_e4m3fn
 FLOAT8_MAX = 448.0
@@ -147,15 +147,17 @@ def lrt_variance_operand(
 
     Raises:
         TypeError, ValueError: a dtype, device, shape or name is not as above.
+        NotImplementedError: float8 on the CPU.
     """
     name = "lrt_variance_operand"
-    if dtype not in (*LRT_DTYPES, FLOAT8) or dtype == torch.float16:
-        raise TypeError(f"{name}: dtype must be float64, float32, bfloat16 or float8_e4m3fn, got {dtype}")
     matrix = scale if weight is None else weight
     if not isinstance(matrix, torch.Tensor) or matrix.dim() != 2:
         found = tuple(matrix.shape) if isinstance(matrix, torch.Tensor) else type(matrix).__name__
         raise ValueError(f"{name}: the weights must be a tensor [out_features, in_features], got {found}")
     matrix, matrix_name = check_kind(name, matrix, weight, scale, parameterization, "weight")
     check_scale_and_bias(name, matrix, matrix, scale, None, parameterization, matrix.shape[0])
+    wanted = (torch.float64,) if matrix.dtype == torch.float64 else (torch.float32, torch.bfloat16, FLOAT8)
+    if dtype not in wanted:
+        raise TypeError(f"{name}: dtype must be one of {wanted} beside {matrix_name} in {matrix.dtype}, got {dtype}")
     sigma2, row_scale = torch.ops.losssurf_fast.lrt_variance_operand.default(weight, scale, parameterization, dtype)
     return VarianceOperand(sigma2, row_scale if dtype == FLOAT8 else None)
