@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import run
-from benchmarks.measure import empty_figures, percentile
+from benchmarks.timing import empty_figures, percentile
 
 SIZES = (4096, 4096)  # O, I
 ROWS = (16, 32, 64, 128, 256, 512, 1024)
