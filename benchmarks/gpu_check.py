@@ -18,10 +18,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from benchmarks import report, run
+from benchmarks import rows, run
 
 ROOT = run.ROOT
-CHECKS = report.RESULTS / "checks"
+CHECKS = rows.RESULTS / "checks"
 LAST_LINES = 12  # of a section's output, kept in the record
 
 # ---- sections ------------------------------------------------------------------------------------------------------
@@ -123,9 +123,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     shared = run.origin(device, "dry" if arguments.dry else "quick")
     deadline = time.monotonic() + 60 * arguments.minutes
     with tempfile.TemporaryDirectory() as scratch:
-        folder = arguments.out or (Path(scratch) if arguments.dry else report.RESULTS)
+        folder = arguments.out or (Path(scratch) if arguments.dry else rows.RESULTS)
         (folder / CHECKS.name).mkdir(parents=True, exist_ok=True)
-        name = report.slug(shared["device"])
+        name = rows.slug(shared["device"])
         outcomes = []
         for section in sections(arguments.dry, folder, name):
             print(f"gpu_check: {section.name} ...", file=sys.stderr, flush=True)

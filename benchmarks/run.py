@@ -18,9 +18,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from benchmarks import cases, report
+from benchmarks.rows import RESULTS, ROOT, slug
 from benchmarks.timing import empty_figures
 
-ROOT = Path(__file__).resolve().parent.parent
 # A run writes these itself, they do not make its figures unclean.
 WRITTEN_BY_BENCHMARKS = ("benchmarks/results", "README.md", "docs/performance.md")
 
@@ -187,7 +187,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
     budget = "dry" if arguments.dry else "quick" if arguments.quick else "full"
     shared = origin(arguments.device, budget) | {"cases": arguments.cases}
-    out = arguments.out or (None if arguments.dry else report.RESULTS / f"{report.slug(shared['device'])}.jsonl")
+    out = arguments.out or (None if arguments.dry else RESULTS / f"{slug(shared['device'])}.jsonl")
     rows = []
     for row in measured_rows(arguments, budget):
         rows.append(row | shared)

@@ -164,7 +164,7 @@ def gpu_cases(tiny: bool = False) -> list[Case]:
         _case(large, targets={1: 1.1}, peak_target=0.5, **bf16),
         _case(largest, targets={1: 1.1}, peak_target=0.5, **bf16),
         _case(shallow, peak_target=0.5, **bf16),
-        _case(few, peak_target=0.5, **more),
+        _case(few, **more),
         _sample_case(sample, "bf16", "forward", headline=True),
         _sample_case(sample, "bf16", "full"),
         _sample_case(sample, "fp32", "forward"),
