@@ -1,10 +1,15 @@
 """Everything that only a GPU can say, in one command of at most nine minutes: ``python -m benchmarks.gpu_check``.
 
-It builds the package from source, runs the tests that need a GPU, measures every operator beside its baselines and
-looks for the borders between strategies. Each section is a process of its own with a limit of its own: one that fails
-or hangs costs only itself. Measurements go to ``benchmarks/results/``, the record of the check itself to
-``benchmarks/results/checks/``, and a table of the sections is printed last. ``--dry`` runs the same sections on the CPU
-at tiny sizes; it writes nothing to the repository.
+It builds the package from source, runs the tests that need a GPU, measures the machine and every operator beside its
+baselines, and looks for the borders between strategies. Each section has processes of its own and a limit of its own:
+one that fails or hangs costs only itself. Measurements go to ``benchmarks/results/``, line by line, the record of the
+check itself to ``benchmarks/results/checks/``; the table of the measurements is printed last. ``--dry`` runs the same
+sections on the CPU at tiny sizes, with the cases of a GPU; it writes nothing to the repository.
+
+How nine minutes are shared on 16 cores: the build takes four at most (nvcc, file by file in parallel), the tests three
+(their files in eight processes), the borders one. The operators have what the build and the tests leave, two minutes at
+least: headline cases first, the most important families first among them, then the others. A headline case is some
+seconds of torch.compile and half a second of measuring; lists of hundreds of tensors are not compiled by torch.
 """
 
 import argparse
@@ -14,15 +19,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from benchmarks import rows, run
+from benchmarks import cases, report, rows, run
 
-ROOT = run.ROOT
+ROOT = rows.ROOT
 CHECKS = rows.RESULTS / "checks"
-LAST_LINES = 12  # of a section's output, kept in the record
+LAST_LINES = 12  # of a process's output, kept in the record
+FIRST_FAMILIES = ("lrt", "averaging", "curve", "swag", "kl", "noise", "gaussian_weights", "curve_linear", "lrt_conv")
+LAST_CASE = 0.75  # minutes that the case begun last may take
 
 # ---- sections ------------------------------------------------------------------------------------------------------
 
@@ -30,8 +37,9 @@ LAST_LINES = 12  # of a section's output, kept in the record
 @dataclass(frozen=True)
 class Section:
     name: str
-    command: tuple[str, ...]
+    commands: Callable[[float], Sequence[Sequence[str]]]  # of the minutes that it has; they run side by side
     minutes: float  # the most it may take
+    least: float = 0.0  # what the sections before it leave to it
 
 
 @dataclass
@@ -39,57 +47,84 @@ class Outcome:
     name: str
     status: str  # "ok", "failed" or "too long"
     seconds: float
-    said: list[str]  # the last lines of its output
+    said: list[str]  # the last lines of its output, or of what failed in it
 
 
 def gpu_tests() -> list[str]:
     """Test files that have tests for a GPU, by their text: the mark, or a device chosen by what torch sees."""
-    signs = ("mark.gpu", "needs_gpu", "cuda.is_available()")
+    signs = ("mark.gpu", "needs_gpu", "ON_GPU", "cuda.is_available()")
     files = sorted(ROOT.glob("tests/test_*.py"))
     return [str(f.relative_to(ROOT)) for f in files if any(sign in f.read_text() for sign in signs)]
+
+
+def dealt(files: Sequence[str], hands: int) -> list[list[str]]:
+    """The files in so many heaps of about equal length, each file in one."""
+    heaps = [[] for _ in range(min(hands, len(files)))]
+    size = lambda file: (ROOT / file).stat().st_size
+    for file in sorted(files, key=size, reverse=True):
+        min(heaps, key=lambda heap: sum(map(size, heap))).append(file)
+    return heaps
+
+
+def families() -> list[str]:
+    every = cases.families()
+    return [*FIRST_FAMILIES, *(family for family in every if family not in FIRST_FAMILIES)]
 
 
 def sections(dry: bool, folder: Path, device: str) -> list[Section]:
     """``folder`` receives the measurements; what is no measurement of a case goes to its folder of checks."""
     out, strategies = folder / f"{device}.jsonl", folder / CHECKS.name / f"{device}-borders.jsonl"
-    python = sys.executable
-    pytest = (python, "-m", "pytest", "-q", "--tb=line", "-p", "no:cacheprovider", *gpu_tests())
-    bench = (python, "-m", "benchmarks.run", "--no-gate", "--out", str(out))
-    borders = (python, "-m", "benchmarks.borders", "--out", str(strategies))
-    if dry:
-        return [
-            Section("build", (python, "-c", "import losssurf_fast"), 1),
-            Section("tests", (*pytest, "--collect-only"), 2),
-            Section("operators", (*bench, "--dry", "--threads", "1", "--only", "noise,lrt"), 5),
-            Section("borders", (*borders, "--dry"), 2),
-        ]
+    python, cores = sys.executable, len(os.sched_getaffinity(0))
+    hands = max(2, min(8, cores // 2))
+    pytest = ("-m", "pytest", "-q", "--tb=line", "-p", "no:cacheprovider", *(["--collect-only"] if dry else []))
+    build = ("-c", "import losssurf_fast") if dry else ("setup.py", "-q", "build_ext", "--inplace")
+    bench = ("-m", "benchmarks.run", "--no-gate", "--cases", "cuda", "--only", ",".join(families()), "--out", str(out))
+    how = ("--dry", "--threads", "1") if dry else ("--quick", "--device", "cuda")
+    borders = ("-m", "benchmarks.borders", "--out", str(strategies), *(["--dry"] if dry else []))
+
+    def tests(_):
+        threads = f"OMP_NUM_THREADS={max(1, cores // hands)}"
+        return [("env", threads, python, *pytest, *files) for files in dealt(gpu_tests(), hands)]
+
+    def operators(minutes):
+        return [(python, *bench, *how, "--minutes", f"{max(minutes - LAST_CASE, 0.1):.2f}")]
+
     return [
-        Section("build", (python, "setup.py", "-q", "build_ext", "--inplace"), 4),
-        Section("tests", pytest, 3),
-        Section("operators", (*bench, "--quick", "--device", "cuda"), 4),
-        Section("borders", borders, 1.5),
+        Section("build", lambda _: [(python, *build)], 4),
+        Section("tests", tests, 3),
+        Section("operators", operators, 7, least=2),
+        Section("borders", lambda _: [(python, *borders)], 1, least=0.75),
     ]
 
 
-def carry_out(section: Section, deadline: float) -> Outcome:
-    """Run one section until its own limit or the deadline of all, whichever comes first."""
+def carry_out(section: Section, deadline: float, later: float = 0.0) -> Outcome:
+    """Run one section until its own limit or the deadline of all, less ``later`` seconds, whichever comes first."""
     start = time.monotonic()
-    limit = min(60 * section.minutes, deadline - start)
+    limit = min(60 * section.minutes, deadline - later - start)
     if limit <= 0:
         return Outcome(section.name, "too long", 0.0, ["the sections before it took all the time"])
-    with tempfile.TemporaryFile("w+") as log:
-        child = subprocess.Popen(
-            section.command, cwd=ROOT, env=environment(), stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        try:
-            status = "ok" if child.wait(limit) == 0 else "failed"
-        except subprocess.TimeoutExpired:
-            os.killpg(child.pid, 9)  # the compilers and measuring processes that it started, too
-            child.wait()
-            status = "too long"
-        log.seek(0)
-        lines = [line.rstrip() for line in log.read().splitlines() if line.strip()]
-    return Outcome(section.name, status, time.monotonic() - start, lines[-LAST_LINES:])
+    said = {"ok": [], "failed": [], "too long": []}
+    with tempfile.TemporaryDirectory() as logs:
+        children = []
+        for number, command in enumerate(section.commands(limit / 60)):
+            log = (Path(logs) / str(number)).open("w+")
+            children.append((log, subprocess.Popen(
+                command, cwd=ROOT, env=environment(), stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )))  # fmt: skip
+        for log, child in children:
+            try:
+                status = "ok" if child.wait(max(0.0, start + limit - time.monotonic())) == 0 else "failed"
+            except subprocess.TimeoutExpired:
+                os.killpg(child.pid, 9)  # the compilers and measuring processes that it started, too
+                child.wait()
+                status = "too long"
+            with log:
+                log.seek(0)
+                said[status].append([line.rstrip() for line in log.read().splitlines() if line.strip()])
+    status = next(name for name in ("failed", "too long", "ok") if said[name])
+    lines = [line for name in ("too long", "failed") for log in said[name] for line in log[-LAST_LINES:]]
+    lines = lines or [line for log in said["ok"] for line in log[-LAST_LINES:]]
+    return Outcome(section.name, status, time.monotonic() - start, lines)
 
 
 def environment() -> dict[str, str]:
@@ -109,6 +144,15 @@ def table(outcomes: Sequence[Outcome]) -> str:
     )
 
 
+def lines_of(file: Path, start: int) -> list[dict]:
+    """What was appended to ``file`` since it had ``start`` bytes."""
+    if not file.exists():
+        return []
+    with file.open() as text:
+        text.seek(start)
+        return [json.loads(line) for line in text if line.endswith("\n")]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="gpu_check", description=__doc__.splitlines()[0])
     parser.add_argument("--dry", action="store_true", help="the same sections on the CPU at tiny sizes; writes nothing")
@@ -126,15 +170,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         folder = arguments.out or (Path(scratch) if arguments.dry else rows.RESULTS)
         (folder / CHECKS.name).mkdir(parents=True, exist_ok=True)
         name = rows.slug(shared["device"])
-        outcomes = []
-        for section in sections(arguments.dry, folder, name):
+        out = folder / f"{name}.jsonl"
+        before = out.stat().st_size if out.exists() else 0
+        listed, outcomes = sections(arguments.dry, folder, name), []
+        for number, section in enumerate(listed):
             print(f"gpu_check: {section.name} ...", file=sys.stderr, flush=True)
-            outcomes.append(carry_out(section, deadline))
+            later = 60 * sum(other.least for other in listed[number + 1 :])
+            outcomes.append(carry_out(section, deadline, later))
             if outcomes[-1].status != "ok":
                 print("\n".join(outcomes[-1].said), file=sys.stderr)
         with (folder / CHECKS.name / f"{name}.jsonl").open("a") as file:
             file.write(json.dumps(shared | {"sections": [asdict(outcome) for outcome in outcomes]}) + "\n")
-    print(table(outcomes))
+        measured = lines_of(out, before)
+    borders = [line for outcome in outcomes if outcome.name == "borders" for line in outcome.said]
+    print("\n\n".join(filter(None, (table(outcomes), "\n".join(borders), report.terminal(measured)))))
     return 0 if all(outcome.status == "ok" for outcome in outcomes) else 1
 
 
