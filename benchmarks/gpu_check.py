@@ -7,9 +7,10 @@ check itself to ``benchmarks/results/checks/``; the table of the measurements is
 sections on the CPU at tiny sizes, with the cases of a GPU; it writes nothing to the repository.
 
 How nine minutes are shared on 16 cores: the build takes four at most (nvcc, file by file in parallel), the tests three
-(their files in eight processes), the borders one. The operators have what the build and the tests leave, two minutes at
-least: headline cases first, the most important families first among them, then the others. A headline case is some
-seconds of torch.compile and half a second of measuring; lists of hundreds of tensors are not compiled by torch.
+(their files in eight processes), the borders two. The operators have what the build and the tests leave, and leave the
+borders a good minute: headline cases first, the most important families first among them, then the others. A headline
+case is some seconds of torch.compile and half a second of measuring; lists of hundreds of tensors are not compiled by
+torch.
 """
 
 import argparse
@@ -23,13 +24,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from benchmarks import cases, report, rows, run
+from benchmarks import cases, records, report, run
 
-ROOT = rows.ROOT
-CHECKS = rows.RESULTS / "checks"
+ROOT = records.ROOT
+CHECKS = records.RESULTS / "checks"
 LAST_LINES = 12  # of a process's output, kept in the record
 FIRST_FAMILIES = ("lrt", "averaging", "curve", "swag", "kl", "noise", "gaussian_weights", "curve_linear", "lrt_conv")
-LAST_CASE = 0.75  # minutes that the case begun last may take
+LAST_CASE = 0.75  # minutes that the case or sweep begun last may take
 
 # ---- sections ------------------------------------------------------------------------------------------------------
 
@@ -71,7 +72,7 @@ def families() -> list[str]:
     return [*FIRST_FAMILIES, *(family for family in every if family not in FIRST_FAMILIES)]
 
 
-def sections(dry: bool, folder: Path, device: str) -> list[Section]:
+def sections(dry: bool, folder: Path, device: str, commit: str | None) -> list[Section]:
     """``folder`` receives the measurements; what is no measurement of a case goes to its folder of checks."""
     out, strategies = folder / f"{device}.jsonl", folder / CHECKS.name / f"{device}-borders.jsonl"
     python, cores = sys.executable, len(os.sched_getaffinity(0))
@@ -80,20 +81,27 @@ def sections(dry: bool, folder: Path, device: str) -> list[Section]:
     build = ("-c", "import losssurf_fast") if dry else ("setup.py", "-q", "build_ext", "--inplace")
     bench = ("-m", "benchmarks.run", "--no-gate", "--cases", "cuda", "--only", ",".join(families()), "--out", str(out))
     how = ("--dry", "--threads", "1") if dry else ("--quick", "--device", "cuda")
-    borders = ("-m", "benchmarks.borders", "--out", str(strategies), *(["--dry"] if dry else []))
+    same = ("--commit", commit) if commit else ()
 
     def tests(_):
         threads = f"OMP_NUM_THREADS={max(1, cores // hands)}"
         return [("env", threads, python, *pytest, *files) for files in dealt(gpu_tests(), hands)]
 
+    def until(minutes):  # for what begins nothing that it could not end
+        return "--minutes", f"{max(minutes - LAST_CASE, 0.1):.2f}"
+
     def operators(minutes):
-        return [(python, *bench, *how, "--minutes", f"{max(minutes - LAST_CASE, 0.1):.2f}")]
+        return [(python, *bench, *how, *same, *until(minutes))]
+
+    def borders(minutes):
+        how = ["--dry"] if dry else until(minutes)
+        return [(python, "-m", "benchmarks.borders", "--out", str(strategies), *how, *same)]
 
     return [
         Section("build", lambda _: [(python, *build)], 4),
         Section("tests", tests, 3),
         Section("operators", operators, 7, least=2),
-        Section("borders", lambda _: [(python, *borders)], 1, least=0.75),
+        Section("borders", borders, 2, least=1.25),
     ]
 
 
@@ -158,21 +166,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dry", action="store_true", help="the same sections on the CPU at tiny sizes; writes nothing")
     parser.add_argument("--minutes", type=float, default=9.0, help="the most that all sections may take (default 9)")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where the results go (default benchmarks/results)")
+    parser.add_argument("--commit", help=run.COMMIT_HELP)
     arguments = parser.parse_args(argv)
     import torch
 
     if not arguments.dry and not torch.cuda.is_available():
         parser.error("torch sees no GPU here; --dry runs the same sections on the CPU")
     device = "cpu" if arguments.dry else "cuda"
-    shared = run.origin(device, "dry" if arguments.dry else "quick")
+    shared = run.origin(device, "dry" if arguments.dry else "quick", arguments.commit)
     deadline = time.monotonic() + 60 * arguments.minutes
     with tempfile.TemporaryDirectory() as scratch:
-        folder = arguments.out or (Path(scratch) if arguments.dry else rows.RESULTS)
+        folder = arguments.out or (Path(scratch) if arguments.dry else records.RESULTS)
         (folder / CHECKS.name).mkdir(parents=True, exist_ok=True)
-        name = rows.slug(shared["device"])
+        name = records.slug(shared["device"])
         out = folder / f"{name}.jsonl"
         before = out.stat().st_size if out.exists() else 0
-        listed, outcomes = sections(arguments.dry, folder, name), []
+        listed, outcomes = sections(arguments.dry, folder, name, arguments.commit), []
         for number, section in enumerate(listed):
             print(f"gpu_check: {section.name} ...", file=sys.stderr, flush=True)
             later = 60 * sum(other.least for other in listed[number + 1 :])

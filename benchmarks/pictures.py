@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.rows import case_key, copy_rate, gemm_rate, grouped, slug, speedup
+from benchmarks.records import case_key, copy_rate, gemm_rate, grouped, slug, speedup
 
 COLORS = {"eager": "C0", "compiled": "C1", "torch": "C2", "ours": "C3", "floor": "black"}  # the same in every picture
 CEILINGS = {"copy": {"color": "0.45", "linestyle": "--"}, "gemm": {"color": "0.45", "linestyle": "-."}}
@@ -95,7 +95,7 @@ def picture(device: str, machine: Sequence[dict], rows: Sequence[dict]):
 def ceilings(row: dict, machine: Sequence[dict]) -> dict[str, float]:
     """Least ms of the row's case: "copy" by its bytes, "gemm" by its operations; only what both sides have."""
     found, bandwidth, rate = {}, copy_rate(machine), gemm_rate(machine, row["dtype"])
-    if bandwidth:
+    if bandwidth and row["gbps"]:
         found["copy"] = row["gbps"] / bandwidth * row["median_ms"]
     if rate and row["gflops"]:
         found["gemm"] = row["gflops"] / rate * row["median_ms"]

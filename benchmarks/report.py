@@ -17,7 +17,7 @@ from pathlib import Path
 from benchmarks import cases as catalogue
 from benchmarks.cases import BASELINES
 from benchmarks.pictures import MODE, drawable, pictures
-from benchmarks.rows import (
+from benchmarks.records import (
     RESULTS,
     ROOT,
     case_key,

@@ -18,11 +18,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from benchmarks import cases, report
-from benchmarks.rows import RESULTS, ROOT, slug
+from benchmarks.records import RESULTS, ROOT, slug
 from benchmarks.timing import empty_figures
 
 # A run writes these itself, they do not make its figures unclean.
 WRITTEN_BY_BENCHMARKS = ("benchmarks/results", "README.md", "docs/performance.md")
+
+COMMIT_HELP = "the commit that this tree is a clean copy of, where there is no git to ask"
 
 # ---- what a row says about its origin ------------------------------------------------------------------------------
 
@@ -63,13 +65,16 @@ def _git(*arguments: str) -> str | None:
         return None
 
 
-def origin(device: str, budget: str) -> dict:
-    """The fields that all rows of a run share."""
+def origin(device: str, budget: str, commit: str | None = None) -> dict:
+    """The fields that all rows of a run share; ``commit`` counts where git does not know."""
     changes = _git("status", "--porcelain", "--", ".", *(f":!{path}" for path in WRITTEN_BY_BENCHMARKS))
+    head = _git("rev-parse", "HEAD")
+    if head is None and commit is not None:
+        head, changes = commit, ""
     return {
         "device": describe_device(device),
         "torch": _version("torch"), "triton": _version("triton"), "numpy": _version("numpy"),
-        "commit": _git("rev-parse", "HEAD"),
+        "commit": head,
         "dirty": changes is None or changes != "",
         "budget": budget,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -163,6 +168,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--minutes", type=float, help="all cases, headlines first, none begun after so many minutes")
     parser.add_argument("--out", type=Path, metavar="FILE", help="JSON lines to append to; by default the machine's")
+    parser.add_argument("--commit", help=COMMIT_HELP)
     parser.add_argument("--no-gate", action="store_true", help="do not run the family's tests first")
     arguments = parser.parse_args(argv)
     arguments.cases = arguments.cases or arguments.device.partition(":")[0]
@@ -186,7 +192,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
     budget = "dry" if arguments.dry else "quick" if arguments.quick else "full"
-    shared = origin(arguments.device, budget) | {"cases": arguments.cases}
+    shared = origin(arguments.device, budget, arguments.commit) | {"cases": arguments.cases}
     out = arguments.out or (None if arguments.dry else RESULTS / f"{slug(shared['device'])}.jsonl")
     rows = []
     for row in measured_rows(arguments, budget):

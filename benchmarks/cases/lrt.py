@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from benchmarks.cases import GPU_COPY, Case, Setup, captured, dtype_of
 from benchmarks.gemm import fastest_products
 from losssurf_fast.ops.lrt import lrt_linear
+from losssurf_fast.ops.lrt_operand import FLOAT8
 from losssurf_fast.ops.lrt_sample import lrt_sample
 
 SHAPES = ((32, 10, 500), (64, 512, 784), (128, 1024, 1024), (512, 4096, 1024))  # (M, N, K): batch, outputs, inputs
@@ -61,7 +62,7 @@ def traffic(shape, itemsize: int, parameterization: str, mode: str, parameter_it
     return {"forward": forward, "backward": backward, "full": forward + backward}[mode]
 
 
-def _setup(shape, dtype: torch.dtype, parameterization: str, mode: str, parameter_dtype, in_graph: bool):
+def _setup(shape, dtype: torch.dtype, parameterization: str, mode: str, parameter_dtype, in_graph: bool, float8: bool):
     def setup(device: torch.device) -> Setup:
         tensors = inputs(shape, dtype, parameterization, device, parameter_dtype)
         x, weight, scale, _ = tensors
@@ -73,8 +74,9 @@ def _setup(shape, dtype: torch.dtype, parameterization: str, mode: str, paramete
             eager = torch.autocast(device.type, dtype)(eager)
 
         def ours(x, weight, scale, bias):
-            return lrt_linear(x, weight, scale, bias, parameterization=parameterization)
+            return lrt_linear(x, weight, scale, bias, parameterization=parameterization, variance_dtype=variance_dtype)
 
+        variance_dtype = FLOAT8 if float8 and device.type == "cuda" else None  # a CPU has none, and runs the rest
         streams = 1 if weight is None else 2
         gemms = products(x, scale if weight is None else weight, shape, mode, streams)
         providers = {"eager": eager, "compiled": eager, "ours": ours}
@@ -86,14 +88,23 @@ def _setup(shape, dtype: torch.dtype, parameterization: str, mode: str, paramete
 
 
 def _case(
-    shape, mode="full", parameterization="additive", dtype="fp32", parameter_dtype="fp32", in_graph=False, **extra
+    shape,
+    mode="full",
+    parameterization="additive",
+    dtype="fp32",
+    parameter_dtype="fp32",
+    in_graph=False,
+    float8=False,
+    **extra,
 ) -> Case:
-    """``in_graph``: as a CUDA graph, so that the kernels alone are timed."""
+    """``in_graph``: as a CUDA graph, so that the kernels alone are timed. ``float8``: ours has that variance stream."""
     variant = [parameterization]
     if parameter_dtype != "fp32":
         variant.append(f"{parameter_dtype} parameters")
     if in_graph:
         variant.append("in a CUDA graph")
+    if float8:
+        variant.append("float8 variance")
     parameter_dtype = dtype_of(parameter_dtype)
     gemms = (1 if parameterization == "variance" else 2) * {"forward": 1, "backward": 2, "full": 3}[mode]
     return Case(
@@ -102,7 +113,7 @@ def _case(
         mode=mode,
         variant=", ".join(variant),
         dtype=dtype,
-        setup=_setup(shape, dtype_of(dtype), parameterization, mode, parameter_dtype, in_graph),
+        setup=_setup(shape, dtype_of(dtype), parameterization, mode, parameter_dtype, in_graph, float8),
         bytes=traffic(shape, dtype_of(dtype).itemsize, parameterization, mode, parameter_dtype.itemsize),
         flops=2 * gemms * math.prod(shape),
         **extra,
@@ -158,6 +169,7 @@ def gpu_cases(tiny: bool = False) -> list[Case]:
     return [
         _case(large, "forward", targets={1: 1.15}, compiled_target=1.0, **bf16),
         _case(largest, "forward", targets={1: 1.15}, compiled_target=1.0, **bf16),
+        *(_case(shape, "forward", targets={1: 1.4}, float8=True, **bf16) for shape in (large, largest)),
         _case(shallow, "forward", targets={1: 1.4}, **bf16),
         _case(few, "forward", targets={1: 2.0}, **bf16),
         _case(few, "forward", targets={1: 2.0}, in_graph=True, **bf16),
