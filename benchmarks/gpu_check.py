@@ -24,12 +24,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from benchmarks import cases, records, report, run
+from benchmarks import records, report, run
 
 ROOT = records.ROOT
 CHECKS = records.RESULTS / "checks"
 LAST_LINES = 12  # of a process's output, kept in the record
-FIRST_FAMILIES = ("lrt", "averaging", "curve", "swag", "kl", "noise", "gaussian_weights", "curve_linear", "lrt_conv")
 LAST_CASE = 0.75  # minutes that the case or sweep begun last may take
 
 # ---- sections ------------------------------------------------------------------------------------------------------
@@ -67,19 +66,17 @@ def dealt(files: Sequence[str], hands: int) -> list[list[str]]:
     return heaps
 
 
-def families() -> list[str]:
-    every = cases.families()
-    return [*FIRST_FAMILIES, *(family for family in every if family not in FIRST_FAMILIES)]
-
-
 def sections(dry: bool, folder: Path, device: str, commit: str | None) -> list[Section]:
-    """``folder`` receives the measurements; what is no measurement of a case goes to its folder of checks."""
+    """``folder`` receives the measurements; what is no measurement of a case goes to its folder of checks.
+
+    Nothing here imports the package, which is yet to be built.
+    """
     out, strategies = folder / f"{device}.jsonl", folder / CHECKS.name / f"{device}-borders.jsonl"
     python, cores = sys.executable, len(os.sched_getaffinity(0))
     hands = max(2, min(8, cores // 2))
     pytest = ("-m", "pytest", "-q", "--tb=line", "-p", "no:cacheprovider", *(["--collect-only"] if dry else []))
     build = ("-c", "import losssurf_fast") if dry else ("setup.py", "-q", "build_ext", "--inplace")
-    bench = ("-m", "benchmarks.run", "--no-gate", "--cases", "cuda", "--only", ",".join(families()), "--out", str(out))
+    bench = ("-m", "benchmarks.run", "--no-gate", "--cases", "cuda", "--out", str(out))
     how = ("--dry", "--threads", "1") if dry else ("--quick", "--device", "cuda")
     same = ("--commit", commit) if commit else ()
 
@@ -136,8 +133,7 @@ def carry_out(section: Section, deadline: float, later: float = 0.0) -> Outcome:
 
 
 def environment() -> dict[str, str]:
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    return os.environ | {"PYTHONPATH": path, "MAX_JOBS": str(len(os.sched_getaffinity(0)))}
+    return run.with_path() | {"MAX_JOBS": str(len(os.sched_getaffinity(0)))}
 
 
 # ---- the check -----------------------------------------------------------------------------------------------------

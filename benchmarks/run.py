@@ -84,10 +84,15 @@ def origin(device: str, budget: str, commit: str | None = None) -> dict:
 # ---- the run -------------------------------------------------------------------------------------------------------
 
 
+def with_path() -> dict[str, str]:
+    """This process's environment, with the repository where Python looks for modules."""
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
+
+
 def environment(threads: int) -> dict[str, str]:
     """Environment of a measuring process: one pinned core per thread, set before torch is loaded."""
     cores = sorted(os.sched_getaffinity(0))[:threads]
-    return os.environ | {
+    return with_path() | {
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
         "GOMP_CPU_AFFINITY": " ".join(map(str, cores)),
@@ -95,7 +100,6 @@ def environment(threads: int) -> dict[str, str]:
         # pays page faults, and on virtual machines they cost more than the arithmetic.
         "MALLOC_MMAP_MAX_": "0",
         "MALLOC_TRIM_THRESHOLD_": str(2**40),
-        "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
     }
 
 
@@ -132,11 +136,13 @@ def measure(families: Sequence[str], threads: int, budget: str, device: str, dev
     ]  # fmt: skip
     if minutes is not None:
         command += ["--until", str(time.time() + 60 * minutes)]
+    # On a GPU nothing is pinned: the processes in which torch.compile compiles would share the one core.
+    where = environment(threads) if device == "cpu" else with_path()
     first = 0
     while first is not None:
         started = [*command, "--first", str(first)]
         first = None
-        with subprocess.Popen(started, cwd=ROOT, env=environment(threads), stdout=subprocess.PIPE, text=True) as child:
+        with subprocess.Popen(started, cwd=ROOT, env=where, stdout=subprocess.PIPE, text=True) as child:
             for row in map(json.loads, child.stdout):
                 if "next" in row:
                     first = row["next"]

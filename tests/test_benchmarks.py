@@ -194,10 +194,12 @@ def test_hardware_without_fp8_costs_that_row_alone(monkeypatch):
 
 
 def test_with_little_time_headlines_come_first_and_none_begins_late(monkeypatch, capsys):
-    every = measure.chosen_cases(["noise", "kl"], timing.QUICK, "cuda", in_time=True)
+    every = measure.chosen_cases(["block_float", "noise", "kl"], timing.QUICK, "cuda", in_time=True)
     order = [case.headline for _, case in every]
-    assert order == sorted(order, reverse=True) and {family for family, _ in every} == {"noise", "kl"}
-    assert sum(order) == len(measure.chosen_cases(["noise", "kl"], timing.QUICK, "cuda", in_time=False)) < len(every)
+    assert order == sorted(order, reverse=True)
+    assert list(dict.fromkeys(f for f, case in every if case.headline)) == ["kl", "noise", "block_float"]
+    alone = measure.chosen_cases(["block_float", "noise", "kl"], timing.QUICK, "cuda", in_time=False)
+    assert sum(order) == len(alone) < len(every)
     late = ["--families", "noise", "--threads", "1", "--budget", "dry", "--cases", "cuda", "--until", "0"]
     monkeypatch.setattr(measure.torch, "set_num_threads", lambda n: None)
     assert measure.main(late) == 0
@@ -244,6 +246,26 @@ def test_rows_are_written_as_they_are_measured(monkeypatch, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run.main(["--only", "noise", "--no-gate", "--threads", "1", "--out", str(out)])
     assert json.loads(out.read_text())["family"] == "noise"
+
+
+def test_on_a_gpu_no_process_is_pinned(monkeypatch):
+    seen = {}
+
+    class Popen:
+        stdout, returncode = (), 0
+
+        def __init__(self, command, env, **_):
+            seen[command[command.index("--device") + 1]] = env
+
+        __enter__ = lambda self: self
+        __exit__ = lambda self, *_: None
+
+    monkeypatch.setattr(run.subprocess, "Popen", Popen)
+    monkeypatch.delenv("GOMP_CPU_AFFINITY", raising=False)
+    for device in ("cpu", "cuda"):
+        assert list(run.measure(["noise"], 1, "dry", device, "cuda", 1.0)) == []
+    assert "GOMP_CPU_AFFINITY" in seen["cpu"] and "GOMP_CPU_AFFINITY" not in seen["cuda"]
+    assert str(ROOT) in seen["cuda"]["PYTHONPATH"]
 
 
 def test_families_come_in_the_order_asked_for():

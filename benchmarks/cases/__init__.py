@@ -18,6 +18,8 @@ from torch import nn
 DEVICE_TYPES = ("cpu", "cuda")
 MODES = ("forward", "backward", "full")  # full = forward and backward
 BASELINES = ("eager", "compiled", "torch")
+# Measured first where time may be short; the others follow.
+IMPORTANT = ("lrt", "averaging", "curve", "swag", "kl", "noise", "gaussian_weights", "curve_linear", "lrt_conv")
 GPU_COPY = 0.9  # on a GPU, of what it copies: the target of everything that memory bounds
 PROVIDERS = (*BASELINES, "ours", "floor")
 
