@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.records import case_key, copy_rate, gemm_rate, grouped, slug, speedup
+from benchmarks.records import case_key, copy_rate, gemm_rate, grouped, rate_unit, slug, speedup
 
 COLORS = {"eager": "C0", "compiled": "C1", "torch": "C2", "ours": "C3", "floor": "black"}  # the same in every picture
 CEILINGS = {"copy": {"color": "0.45", "linestyle": "--"}, "gemm": {"color": "0.45", "linestyle": "-."}}
@@ -128,7 +128,10 @@ def draw_series(axis, key: tuple, rows: Sequence[dict], machine: Sequence[dict])
     if lost:
         axis.loglog([size(row) for row in lost], [row["median_ms"] for row in lost], label=LOST, **LOSING)
     rate = gemm_rate(machine, dtype)
-    below = f"\nGEMM {dtype} {rate:,.0f} GFLOP/s" if rate and any(row["gflops"] for row in rows) else ""
+    below = ""
+    if rate and any(row["gflops"] for row in rows):
+        divisor, unit = rate_unit([rate])
+        below = f"\nGEMM {dtype} {rate / divisor:.0f} {unit}"
     title = " ".join(filter(None, (op, variant, dtype, MODE[mode])))
     axis.set_title(title + below, fontsize=9)
     shapes = {size(row): row["shape"] for row in rows}

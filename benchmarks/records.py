@@ -77,6 +77,11 @@ def gemm_rate(machine: Sequence[dict], dtype: str) -> float | None:
     return max(filter(None, rates), default=None)
 
 
+def rate_unit(gflops: Sequence[float]) -> tuple[float, str]:
+    """What to divide the rates by, and the unit then: a GPU's are six digits otherwise."""
+    return (1e3, "TFLOP/s") if max(gflops, default=0) >= 1e4 else (1.0, "GFLOP/s")
+
+
 def slug(device: str) -> str:
     """A device's name as part of a file's."""
     return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")

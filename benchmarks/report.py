@@ -27,6 +27,7 @@ from benchmarks.records import (
     known_case,
     known_cases,
     newest,
+    rate_unit,
     read,
     speedup,
 )
@@ -161,12 +162,10 @@ def machine_line(rows: Sequence[dict]) -> str:
     """What the machine itself reached in the run."""
     rows = [row for row in rows if not row["error"]]
     memory = [f"{row['provider']} {row['gbps']:.0f}" for row in rows if row["provider"] in ("copy", "read", "fill")]
-    gemms = [
-        f"{row['provider'].removeprefix('gemm ')} {row['dtype']} {row['gflops']:.0f}"
-        for row in rows
-        if row["provider"].startswith("gemm")
-    ]
-    return f"Memory {', '.join(memory)} GB/s; GEMM {', '.join(gemms)} GFLOP/s."
+    products = [row for row in rows if row["provider"].startswith("gemm")]
+    divisor, unit = rate_unit([row["gflops"] for row in products])
+    gemms = [f"{r['provider'].removeprefix('gemm ')} {r['dtype']} {r['gflops'] / divisor:.0f}" for r in products]
+    return f"Memory {', '.join(memory)} GB/s; GEMM {', '.join(gemms)} {unit}."
 
 
 # ---- documents -----------------------------------------------------------------------------------------------------

@@ -178,6 +178,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--no-gate", action="store_true", help="do not run the family's tests first")
     arguments = parser.parse_args(argv)
     arguments.cases = arguments.cases or arguments.device.partition(":")[0]
+    if arguments.cases == "cuda" and arguments.device == "cpu" and not arguments.dry:
+        parser.error("--cases cuda needs --device cuda; on a CPU it is for --dry alone, whose rows are no figures")
     counts = arguments.threads.split(",")
     if not all(n.isdecimal() and int(n) > 0 for n in counts):
         parser.error(f"--threads must be positive whole numbers separated by commas, got {arguments.threads!r}")

@@ -293,6 +293,13 @@ def test_bad_thread_counts_are_refused(threads, capsys):
     assert "--threads must be positive whole numbers" in capsys.readouterr().err
 
 
+def test_a_cpu_gives_no_figures_for_a_gpus_cases(capsys):
+    with pytest.raises(SystemExit):
+        run.parse(["--cases", "cuda"])
+    assert "--cases cuda needs --device cuda" in capsys.readouterr().err
+    assert run.parse(["--cases", "cuda", "--dry"]).cases == "cuda" and run.parse([]).cases == "cpu"
+
+
 def test_each_thread_gets_a_core_of_its_own(monkeypatch):
     monkeypatch.setattr(run.os, "sched_getaffinity", lambda pid: {7, 3, 5})
     environment = run.environment(2)

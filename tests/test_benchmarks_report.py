@@ -142,6 +142,7 @@ def gpu_rows(case, **figures):
         result("compiled", 0.5, over_ours=1.0, **key, **GPU),
         result("ours", 0.5, **{"gbps": 3600.0, "floor_percent": 80.0, "peak_mib": 40.0} | figures, **key, **GPU),
         result("copy", 1.0, op="machine", gbps=4000.0, **GPU | {"family": "machine"}),
+        result("gemm mm", 1.0, op="machine", dtype="bf16", gflops=790e3, **GPU | {"family": "machine"}),
         result("gemm rowwise", 1.0, op="machine", **GPU | {"family": "machine"}, error="RuntimeError: no fp8"),
     ]
 
@@ -164,7 +165,7 @@ def gpu_case(mode, wanted):
 def test_a_gpus_table_says_which_targets_are_met(mode, wanted, figures, shown):
     text = report.sections(gpu_rows(gpu_case(mode, wanted), **figures), report.markdown_table)
     assert shown in text and "**GPU time.** Memory copy 4000 GB/s" in text and report.GPU_LEGEND in text
-    assert "CPU time" not in text and report.LEGEND not in text
+    assert "GEMM mm bf16 790 TFLOP/s." in text and "CPU time" not in text and report.LEGEND not in text
 
 
 def test_cases_that_no_gpu_has_measured_are_called_so():
