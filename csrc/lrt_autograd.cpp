@@ -23,7 +23,10 @@ using MaybeTensor = std::optional<Tensor>;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-// What an operator takes after its parameterization, `Place`, is kept as one tuple.
+// What an operator takes after its parameterization: `Place` is kept as one tuple for its backward, and `Extra`, which
+// depends on the parameters alone, is for the forward. It gets no gradient; weight and scale get theirs all the same.
+template <class... T> struct Types {};
+
 template <class T> struct Kept {
   using type = T;
   static type keep(const T& t) { return t; }
@@ -41,20 +44,23 @@ template <class Signature> c10::TypedOperatorHandle<Signature> find(const char* 
 
 MaybeTensor maybe(const Tensor& t) { return t.defined() ? MaybeTensor(t) : std::nullopt; }
 
-template <class Operator, class... Place>
-struct Differentiable : torch::autograd::Function<Differentiable<Operator, Place...>> {
+template <class Operator, class Place, class Extra> struct Differentiable;
+template <class Operator, class... Place, class... Extra>
+struct Differentiable<Operator, Types<Place...>, Types<Extra...>>
+    : torch::autograd::Function<Differentiable<Operator, Types<Place...>, Types<Extra...>>> {
+  static constexpr size_t kInputs = 6 + sizeof...(Place) + sizeof...(Extra);
   using Forward = std::tuple<Tensor, Tensor>(const Tensor&, const MaybeTensor&, const Tensor&, const MaybeTensor&,
-                                             const Tensor&, std::string_view, Place...);
+                                             const Tensor&, std::string_view, Place..., Extra...);
   using Backward = std::tuple<Tensor, Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const MaybeTensor&,
                                                               const Tensor&, bool, const Tensor&, const Tensor&,
                                                               std::string_view, std::array<bool, 4>, Place...);
 
   static variable_list forward(AutogradContext* ctx, const Tensor& x, const MaybeTensor& weight, const Tensor& scale,
                                const MaybeTensor& bias, const Tensor& seed, std::string_view parameterization,
-                               Place... place) {
+                               Place... place, Extra... extra) {
     static const auto op = find<Forward>(Operator::forward);
     const at::AutoDispatchBelowADInplaceOrView guard;
-    auto [y, var] = op.call(x, weight, scale, bias, seed, parameterization, place...);
+    auto [y, var] = op.call(x, weight, scale, bias, seed, parameterization, place..., extra...);
     ctx->save_for_backward({x, weight.value_or(Tensor()), scale, var, seed});
     ctx->saved_data["parameterization"] = std::string(parameterization);
     ctx->saved_data["place"] = std::tuple<typename Kept<Place>::type...>(Kept<Place>::keep(place)...);
@@ -75,7 +81,7 @@ struct Differentiable : torch::autograd::Function<Differentiable<Operator, Place
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    if (!grads[0].defined()) return variable_list(6 + sizeof...(Place));
+    if (!grads[0].defined()) return variable_list(kInputs);
     const variable_list saved = ctx->get_saved_variables();  // once: checkpoints unpack them here
     const bool has_weight = saved[1].defined(), has_bias = ctx->saved_data.count("bias");
     // Edges are numbered over the tensors that were given.
@@ -92,19 +98,18 @@ struct Differentiable : torch::autograd::Function<Differentiable<Operator, Place
     if (need_bias) bias = bias.to(ctx->saved_data["bias"].toScalarType());
     const auto keep = [](bool needed, const Tensor& t) { return needed ? t : Tensor(); };
     variable_list result{keep(need_x, x), keep(need_weight, weight), keep(need_scale, scale), keep(need_bias, bias)};
-    result.resize(6 + sizeof...(Place));
+    result.resize(kInputs);
     return result;
   }
-};
 
-template <class Operator, class... Place>
-std::tuple<Tensor, Tensor> differentiable(const Tensor& x, const MaybeTensor& weight, const Tensor& scale,
-                                          const MaybeTensor& bias, const Tensor& seed,
-                                          std::string_view parameterization, Place... place) {
-  const variable_list out = Differentiable<Operator, Place...>::apply(x, weight, scale, bias, seed, parameterization,
-                                                                      std::move(place)...);
-  return {out[0], out[1]};
-}
+  static std::tuple<Tensor, Tensor> call(const Tensor& x, const MaybeTensor& weight, const Tensor& scale,
+                                         const MaybeTensor& bias, const Tensor& seed,
+                                         std::string_view parameterization, Place... place, Extra... extra) {
+    const variable_list out = Differentiable::apply(x, weight, scale, bias, seed, parameterization,
+                                                    std::move(place)..., std::move(extra)...);
+    return {out[0], out[1]};
+  }
+};
 
 struct Linear {
   static constexpr auto forward = "losssurf_fast::lrt_linear", backward = "losssurf_fast::lrt_linear_backward";
@@ -118,8 +123,11 @@ struct Conv {
 
 TORCH_LIBRARY_IMPL(losssurf_fast, Autograd, m) {
   using c10::SymInt, c10::SymIntArrayRef;
-  m.impl("lrt_linear", &losssurf::differentiable<losssurf::Linear, SymInt, SymInt, SymInt>);
-  m.impl("lrt_conv",
-         &losssurf::differentiable<losssurf::Conv, SymIntArrayRef, SymIntArrayRef, SymIntArrayRef, bool, SymIntArrayRef,
-                                   SymInt, SymInt, SymInt, SymInt>);
+  using losssurf::Differentiable, losssurf::Types, losssurf::MaybeTensor;
+  m.impl("lrt_linear", &Differentiable<losssurf::Linear, Types<SymInt, SymInt, SymInt>,
+                                       Types<const MaybeTensor&, const MaybeTensor&>>::call);
+  m.impl("lrt_conv", &Differentiable<losssurf::Conv,
+                                     Types<SymIntArrayRef, SymIntArrayRef, SymIntArrayRef, bool, SymIntArrayRef, SymInt,
+                                           SymInt, SymInt, SymInt>,
+                                     Types<>>::call);
 }

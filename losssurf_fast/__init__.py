@@ -30,7 +30,7 @@ from losssurf_fast.curve import Curve, CurveReport, evaluate_curve
 from losssurf_fast.ensembling import OnlineEnsemble
 from losssurf_fast.neb import MinimaGraph, auto_neb
 from losssurf_fast.objective import ELBOLoss, kl_divergence
-from losssurf_fast.prediction import predict, prediction
+from losssurf_fast.prediction import cached_variances, predict, prediction
 from losssurf_fast.sparsity import SparsityReport, bake_pruning, prune, pruning_masks, sparsity_report
 from losssurf_fast.surface import Line, Plane, Rays, Surface, line, rays
 from losssurf_fast.uncertainty import UncertaintyMetrics, UncertaintyReport, evaluate_uncertainty
@@ -61,6 +61,7 @@ __all__ = [
     "auto_neb",
     "averaged_weights",
     "bake_pruning",
+    "cached_variances",
     "conversion_report",
     "evaluate_curve",
     "evaluate_uncertainty",

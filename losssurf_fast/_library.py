@@ -35,10 +35,16 @@ def without_autocast(function):
 
 def in_autocast_dtype(x: torch.Tensor) -> torch.Tensor:
     """``x`` as an autocast GEMM would take it: in autocast's dtype where that is on, float64 as it is."""
+    dtype = autocast_dtype_of(x)
+    return x if dtype == x.dtype else x.to(dtype)
+
+
+def autocast_dtype_of(x: torch.Tensor) -> torch.dtype:
+    """That of :func:`in_autocast_dtype`."""
     device = x.device.type
     if device in AUTOCAST_DEVICES and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        return x.to(torch.get_autocast_dtype(device))
-    return x
+        return torch.get_autocast_dtype(device)
+    return x.dtype
 
 
 def define(schema: str, *, reference, fake) -> None:

@@ -6,7 +6,9 @@ import torch
 from torch import nn
 
 from losssurf_fast.ensembling import OnlineEnsemble
+from losssurf_fast.nn.lrt import lrt_layers
 from losssurf_fast.nn.stochastic import stochastic_layers
+from losssurf_fast.nn.variance_cache import VarianceCache
 from losssurf_fast.outputs import class_logits
 from losssurf_fast.undoing import afterwards
 
@@ -44,6 +46,38 @@ def prediction(model: nn.Module, scheme: str):
 
     with afterwards(lambda: switch(before)):
         switch([scheme] * len(layers))
+        yield model
+
+
+@contextlib.contextmanager
+def cached_variances(model: nn.Module):
+    """Within the context, linear layers make the variances of their weights once instead of in every forward::
+
+        with lsf.cached_variances(model):
+            probs = lsf.predict(model, x, num_samples=100)
+
+    For weights that do not change: it costs one more tensor of each weight's size, in the activations' dtype (float32
+    for float16). Variances are made anew after a write to a parameter that autograd counts, as an optimizer's or
+    ``load_state_dict``'s; writes through ``.data`` go unseen. Gradients are those without it. Covers ``LRTLinear`` and
+    ``LRTMultiheadAttention``; inside ``torch.compile`` and ``torch.func`` transforms, and for parametrized weights,
+    nothing is kept. Contexts nest; copies of the model keep nothing.
+
+    Raises:
+        TypeError, ValueError: not a module, or one without LRT layers or with sharded parameters, whose memory a
+            gather overwrites uncounted.
+    """
+    layers = [layer for _, layer in lrt_layers(model, "cached_variances")]
+    for layer in layers:
+        if any(hasattr(posterior.scale, "device_mesh") for posterior in layer.posteriors()):
+            raise ValueError(f"cached_variances: {type(model).__name__} must not be sharded; its weights are gathered")
+    before = [layer.variances for layer in layers]
+
+    def switch(caches: list[VarianceCache | None]) -> None:
+        for layer, cache in zip(layers, caches, strict=True):
+            layer.variances = cache
+
+    with afterwards(lambda: switch(before)):
+        switch([VarianceCache() if cache is None else cache for cache in before])
         yield model
 
 

@@ -11,6 +11,7 @@ from common import BF16, F16, F32, F64, assert_as_good_as_eager, double, lrt_inp
 
 import losssurf_fast as lsf
 from losssurf_fast.ops import lrt
+from losssurf_fast.ops.lrt_operand import operand_dtype
 from losssurf_fast.ops.lrt_strategy import Tile, dual_tile, linear_strategy, shared_memory
 from losssurf_fast.ops.noise import _box_muller, philox_normal_reference
 
@@ -20,6 +21,7 @@ tl = triton.language
 from losssurf_fast.ops import (  # noqa: E402
     lrt_linear_backward_triton,
     lrt_linear_triton,
+    lrt_operand_triton,
     lrt_sample_triton,
     noise_triton,
 )
@@ -170,8 +172,10 @@ def contiguous(tensors):
 def linear_kernels():
     """Every way ``lrt_linear`` can run: the launcher's choice, and each strategy forced."""
     yield lrt_linear_triton.lrt_linear_triton
-    yield lambda *args: lrt_linear_triton.linear_two_gemms(*contiguous(args[:5]), *args[5:])
-    yield lambda *args: lrt_linear_triton.linear_dual(*contiguous(args[:5]), *args[5:], SMALL_TILE)
+    yield lambda *args, **operand: lrt_linear_triton.linear_two_gemms(*contiguous(args[:5]), *args[5:], **operand)
+    yield lambda *args, **operand: lrt_linear_triton.linear_dual(
+        *contiguous(args[:5]), *args[5:], SMALL_TILE, **operand
+    )
 
 
 def backward_kernels():
@@ -194,6 +198,25 @@ def test_lrt_linear(parameterization):
             result = kernel(*to_device(inputs), seed.to(DEVICE), *rest)
             for actual, e, x in zip(result, eager, exact, strict=True):
                 assert_as_good_as_eager(actual.cpu(), e, x)
+
+
+@pytest.mark.parametrize("parameterization", lrt.PARAMETERIZATIONS)
+def test_lrt_linear_with_a_variance_operand(parameterization):
+    """sigma^2 made ahead of time gives the bits of sigma^2 made on the way, in either strategy."""
+    for shape, (dtype, param_dtype), place in LINEAR_CASES:
+        inputs = to_device(lrt_inputs(parameterization, shape, dtype, param_dtype))
+        sigma2, row_scale = lrt_operand_triton.lrt_variance_operand_triton(
+            *inputs[1:3], parameterization, operand_dtype(dtype)
+        )
+        expected = lrt.variance_operand(*inputs[1:3], parameterization, F32).to(sigma2.dtype)
+        torch.testing.assert_close(sigma2, expected, rtol=1e-2 if sigma2.dtype == BF16 else 1e-6, atol=0)
+        assert row_scale.shape == (0,)
+        rest = (seed_tensor(), parameterization, *place)
+        for kernel in linear_kernels():
+            for made_before, made_here in zip(
+                kernel(*inputs, *rest, sigma2=sigma2), kernel(*inputs, *rest), strict=True
+            ):
+                assert torch.equal(made_before, made_here)
 
 
 @pytest.mark.parametrize("parameterization", lrt.PARAMETERIZATIONS)
@@ -287,7 +310,8 @@ def test_lrt_linear_empty(shape):
 
 
 def test_kernels_are_attached():
-    for op in ("philox_normal", "lrt_sample", "lrt_sample_backward", "lrt_linear", "lrt_linear_backward"):
+    linear = ("lrt_linear", "lrt_linear_backward", "lrt_variance_operand")
+    for op in ("philox_normal", "lrt_sample", "lrt_sample_backward", *linear):
         assert lsf.kernel_for(op, "cuda") == "Triton"
 
 

@@ -61,10 +61,22 @@ LogVarianceGradient log_variance_gradient(const Tensor& x, const Tensor& scale, 
   return result;
 }
 
+std::tuple<Tensor, Tensor> lrt_variance_operand_cpu(const MaybeTensor& maybe_weight, const Tensor& scale_in,
+                                                    std::string_view parameterization, at::ScalarType dtype) {
+  TORCH_CHECK_NOT_IMPLEMENTED(at::isFloatingType(dtype) && !c10::isFloat8Type(dtype),
+                              "lrt_variance_operand: float8 operands are not multiplied on the CPU");
+  const KernelScope scope;
+  const Kind kind = kind_of(parameterization);
+  const Tensor scale = scale_in.contiguous(), weight = kind == Kind::variance ? Tensor() : maybe_weight->contiguous();
+  Scratch scratch;
+  return {variance_operand(kind, weight, scale, dtype, scratch).clone(), at::empty({0}, scale.options().dtype(at::kFloat))};
+}
+
 std::tuple<Tensor, Tensor> lrt_linear_cpu(const Tensor& x, const MaybeTensor& maybe_weight, const Tensor& scale_in,
                                           const MaybeTensor& maybe_bias, const Tensor& seed,
                                           std::string_view parameterization, int64_t row_offset, int64_t col_offset,
-                                          int64_t sample) {
+                                          int64_t sample, const MaybeTensor& maybe_sigma2,
+                                          const MaybeTensor& row_scale) {
   const KernelScope scope;
   const Kind kind = kind_of(parameterization);
   const auto operand = operand_dtype(x);
@@ -73,7 +85,13 @@ std::tuple<Tensor, Tensor> lrt_linear_cpu(const Tensor& x, const MaybeTensor& ma
   const Tensor weight = kind == Kind::variance ? Tensor() : maybe_weight->contiguous();
   const Tensor bias = maybe_bias ? maybe_bias->to(wide_dtype(x)).contiguous() : Tensor();
   check_shapes(kind, x, weight, scale, bias);
-  const Tensor var = gemm(square(a, operand, scratch), variance_operand(kind, weight, scale, operand, scratch).t());
+  TORCH_CHECK_TYPE(!row_scale, "lrt_linear: float8 operands are not multiplied on the CPU");
+  const Tensor sigma2 =
+      maybe_sigma2 ? maybe_sigma2->contiguous() : variance_operand(kind, weight, scale, operand, scratch);
+  TORCH_CHECK_VALUE(sigma2.sizes() == (weight.defined() ? weight : scale).sizes() && sigma2.scalar_type() == operand,
+                    "lrt_linear: sigma2 must have the weights' shape in ", operand, ", got ", sigma2.sizes(), " in ",
+                    sigma2.scalar_type());
+  const Tensor var = gemm(square(a, operand, scratch), sigma2.t());
   const Tensor mean = weight.defined() ? gemm(a, scratch.cast(weight, operand).t()) : Tensor();
   const bool in_place = mean.defined() && mean.scalar_type() == x.scalar_type();
   const Tensor y = in_place ? mean : at::empty(var.sizes(), x.options());
@@ -170,6 +188,7 @@ Tensor lrt_sample_backward_cpu(const Tensor& grad, const Tensor& var, const Tens
 TORCH_LIBRARY_IMPL(losssurf_fast, CPU, m) {
   m.impl("lrt_sample", &losssurf::lrt_sample_cpu);
   m.impl("lrt_sample_backward", &losssurf::lrt_sample_backward_cpu);
+  m.impl("lrt_variance_operand", &losssurf::lrt_variance_operand_cpu);
   m.impl("lrt_linear", &losssurf::lrt_linear_cpu);
   m.impl("lrt_linear_backward", &losssurf::lrt_linear_backward_cpu);
 }

@@ -5,7 +5,7 @@ from torch.nn.parameter import is_lazy
 
 from losssurf_fast.conversion.classes import CONVERTIBLE, TWINS
 from losssurf_fast.nn.lrt import LRTLayer
-from losssurf_fast.ops.lrt import LRT_DTYPES
+from losssurf_fast.ops.lrt_sample import LRT_DTYPES
 
 _COMPUTED = "is computed (parametrized, pruned or normalised)"
 

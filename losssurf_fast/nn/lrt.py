@@ -12,9 +12,10 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from losssurf_fast.nn.stochastic import StochasticLayer, named_stochastic_layers
+from losssurf_fast.nn.variance_cache import VarianceCache
 from losssurf_fast.nn.weight_space import Drawn, sample_output
 from losssurf_fast.ops.gaussian_weights import log_sigma2_of
-from losssurf_fast.ops.lrt import PARAMETERIZATIONS
+from losssurf_fast.ops.lrt_operand import PARAMETERIZATIONS
 from losssurf_fast.ops.lrt_sample import HALF_DTYPES
 
 INIT_LOG_ALPHA = -5.0  # that of Neklyudov et al., "Variance networks"
@@ -55,6 +56,7 @@ class LRTLayer(StochasticLayer):
     init_log_sigma2: float | None
     init_log_alpha: float | None
     sampling: str = "local"
+    variances: VarianceCache | None = None  # those that lsf.cached_variances has it keep
     drawn: Drawn | None = None  # the weights that lsf.sample_weights has it compute with, by their posteriors' names
 
     def become_stochastic(

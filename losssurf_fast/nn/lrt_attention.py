@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from losssurf_fast import ops
 from losssurf_fast.nn.lrt import LRTLayer, Posterior, check_parameterization
 from losssurf_fast.nn.lrt_linear import LRTLinear, linear_mean
+from losssurf_fast.nn.variance_cache import cached_operand
 from losssurf_fast.nn.weight_space import check_sampling, sample_output
 from losssurf_fast.ops.noise import as_seed
 
@@ -207,7 +208,8 @@ class _Projection:
     def __init__(self, layer: LRTMultiheadAttention, name: str, outputs: slice, of_weight: slice) -> None:
         self.name, self.of_weight, self.column = name, of_weight, outputs.start
         self.parameterization, self.sampling = layer.parameterization, layer.sampling
-        weight, scale = getattr(layer, name), getattr(layer, layer.scale_name_of(name))
+        self.variances = layer.variances
+        weight, scale = self.held = getattr(layer, name), getattr(layer, layer.scale_name_of(name))
         self.weight = None if weight is None else weight[of_weight]
         self.scale = scale if self.parameterization == "layer" else scale[of_weight]
         self.bias = None if layer.in_proj_bias is None else layer.in_proj_bias[outputs]
@@ -220,6 +222,9 @@ class _Projection:
         return ops.lrt_linear(
             input, self.weight, self.scale, self.bias, parameterization=self.parameterization, seed=seed,
             col_offset=self.column,
+            variance_operand=cached_operand(
+                self, (self.name, self.of_weight.start), self.held, input, self.weight, self.scale
+            ),
         )  # fmt: skip
 
     def plain(self, input: torch.Tensor, weight: torch.Tensor | None, with_bias: bool = True) -> torch.Tensor:

@@ -9,7 +9,7 @@ from losssurf_fast._library import in_autocast_dtype
 from losssurf_fast.nn.lrt import LRTLayer, check_parameterization
 from losssurf_fast.nn.lrt_linear import in_dtype_of
 from losssurf_fast.nn.weight_space import check_sampling
-from losssurf_fast.ops.lrt import LRT_DTYPES, check_companion
+from losssurf_fast.ops.lrt_sample import LRT_DTYPES, check_companion
 
 
 class _LRTConvolution(LRTLayer):

@@ -7,6 +7,7 @@ from torch.nn import functional as F
 from losssurf_fast import ops
 from losssurf_fast._library import in_autocast_dtype
 from losssurf_fast.nn.lrt import LRTLayer, check_parameterization
+from losssurf_fast.nn.variance_cache import cached_operand
 from losssurf_fast.nn.weight_space import check_sampling
 from losssurf_fast.ops.lrt import check_activations, check_parameters
 from losssurf_fast.ops.lrt_sample import HALF_DTYPES
@@ -63,9 +64,11 @@ class LRTLinear(LRTLayer, nn.Linear):
         return {"weight": layer.out_features}
 
     def local(self, input: torch.Tensor, seed: int | torch.Tensor | None) -> torch.Tensor:
+        weight, scale = self.weight, self.scale
         return ops.lrt_linear(
-            input, self.weight, self.scale, self.bias, parameterization=self.parameterization, seed=seed
-        )
+            input, weight, scale, self.bias, parameterization=self.parameterization, seed=seed,
+            variance_operand=cached_operand(self, "weight", (weight, scale), input, weight, scale),
+        )  # fmt: skip
 
     def plain(self, input: torch.Tensor, weight: torch.Tensor | None, with_bias: bool = True) -> torch.Tensor:
         return linear_mean(input, weight, self.scale, self.bias if with_bias else None)

@@ -18,6 +18,7 @@ from losssurf_fast.ops.lrt_conv_functions import (
     lrt_conv_transpose2d,
     lrt_conv_transpose3d,
 )
+from losssurf_fast.ops.lrt_operand import VarianceOperand, lrt_variance_operand
 from losssurf_fast.ops.lrt_sample import lrt_sample
 from losssurf_fast.ops.noise import philox_normal
 from losssurf_fast.ops.swag import swag_collect_, swag_sample
@@ -29,6 +30,7 @@ if importlib.util.find_spec("triton"):
         lrt_conv_triton,
         lrt_linear_backward_triton,
         lrt_linear_triton,
+        lrt_operand_triton,
         lrt_sample_triton,
         noise_triton,
     )
@@ -36,6 +38,7 @@ else:
     explain_missing("cuda", "triton is not installed")
 
 __all__ = [
+    "VarianceOperand",
     "block_float",
     "block_float_dequantize",
     "block_float_quantize",
@@ -56,6 +59,7 @@ __all__ = [
     "lrt_conv_transpose3d",
     "lrt_linear",
     "lrt_sample",
+    "lrt_variance_operand",
     "philox_normal",
     "swag_collect_",
     "swag_sample",

@@ -42,7 +42,7 @@ from losssurf_fast._library import (
 )
 from losssurf_fast.ops.averaging import as_tensors
 from losssurf_fast.ops.curve import CURVE_DTYPES, curve_weights_reference
-from losssurf_fast.ops.lrt import check_companion
+from losssurf_fast.ops.lrt_sample import check_companion
 from losssurf_fast.ops.noise import fma
 
 # ---- definition -----------------------------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ from losssurf_fast.ops.kl import (
     kl_log_uniform_slopes_reference,
     kl_normal_slopes_reference,
 )
-from losssurf_fast.ops.lrt import PARAMETERIZATIONS
+from losssurf_fast.ops.lrt_operand import PARAMETERIZATIONS
 from losssurf_fast.ops.noise import as_seed, check_stream
 
 PRIORS = ("none", "normal", "log_uniform", "log_uniform_approximate", "ard")

@@ -34,41 +34,45 @@ from losssurf_fast._library import (
     second_order,
     without_autocast,
 )
+from losssurf_fast.ops.lrt_operand import (
+    FLOAT8,
+    FLOAT8_CAPABILITY,
+    FLOAT8_MULTIPLE,
+    VarianceOperand,
+    check_kind,
+    check_scale_and_bias,
+    float8_missing,
+    float8_product,
+    lrt_variance_operand,
+    operand_dtype,
+    variance_operand,
+)
+from losssurf_fast.ops.lrt_operand import PARAMETERIZATIONS as PARAMETERIZATIONS
 from losssurf_fast.ops.lrt_sample import (
     LRT_DTYPES,
-    check_companion,
     lrt_sample_backward_reference,
     lrt_sample_reference,
 )
 from losssurf_fast.ops.noise import as_seed, check_stream
 
-PARAMETERIZATIONS = ("layer", "neuron", "weight", "additive", "variance")
-
 # ---- lrt_linear ----------------------------------------------------------------------------------------------------
-
-
-def operand_dtype(dtype: torch.dtype) -> torch.dtype:
-    """dtype of the GEMM operands for activations of ``dtype``."""
-    return torch.float32 if dtype == torch.float16 else dtype
-
-
-def variance_operand(weight, scale, parameterization, wide):
-    """sigma^2 ``[O, I]`` in ``wide``, without alpha for "layer" and "neuron"."""
-    if parameterization in ("layer", "neuron"):
-        return weight.to(wide).square()
-    if parameterization == "weight":
-        return scale.to(wide).exp() * weight.to(wide).square()
-    return scale.to(wide).exp()
 
 
 @without_autocast
 def lrt_linear_reference(
-    x, weight, scale, bias, seed, parameterization, row_offset=0, col_offset=0, sample=0
+    x, weight, scale, bias, seed, parameterization, row_offset=0, col_offset=0, sample=0, sigma2=None, row_scale=None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(y, var), both ``[M, O]``, for x ``[M, I]``: the formulas of the module's docstring in plain torch."""
+    """(y, var), both ``[M, O]``, for x ``[M, I]``: the formulas of the module's docstring in plain torch.
+
+    ``sigma2`` and ``row_scale`` are those of ``ops/lrt_operand.py``; without them sigma^2 is made here.
+    """
     operand, wide = operand_dtype(x.dtype), torch.promote_types(x.dtype, torch.float32)
     a = x.to(operand)
-    var = F.linear(a.square(), variance_operand(weight, scale, parameterization, wide).to(operand))
+    if row_scale is None:
+        sigma2 = variance_operand(weight, scale, parameterization, wide).to(operand) if sigma2 is None else sigma2
+        var = F.linear(a.square(), sigma2)
+    else:
+        var = float8_product(a, VarianceOperand(sigma2, row_scale))
     if weight is not None and parameterization != "variance":
         mean = F.linear(a, weight.to(operand)).to(wide)
     else:
@@ -116,7 +120,9 @@ def lrt_linear_backward_reference(
     return grad_x, grad_weight, grad_scale, grad_bias
 
 
-def _lrt_linear_fake(x, weight, scale, bias, seed, parameterization, row_offset=0, col_offset=0, sample=0):
+def _lrt_linear_fake(
+    x, weight, scale, bias, seed, parameterization, row_offset=0, col_offset=0, sample=0, sigma2=None, row_scale=None
+):
     out_features = scale.shape[0] if weight is None else weight.shape[0]
     y = x.new_empty((x.shape[0], out_features))
     return y, torch.empty_like(y, dtype=operand_dtype(x.dtype))
@@ -136,7 +142,8 @@ def _lrt_linear_backward_fake(
 
 define(
     "lrt_linear(Tensor x, Tensor? weight, Tensor scale, Tensor? bias, Tensor seed, str parameterization, "
-    "SymInt row_offset=0, SymInt col_offset=0, SymInt sample=0) -> (Tensor, Tensor)",
+    "SymInt row_offset=0, SymInt col_offset=0, SymInt sample=0, Tensor? sigma2=None, Tensor? row_scale=None) "
+    "-> (Tensor, Tensor)",
     reference=lrt_linear_reference,
     fake=_lrt_linear_fake,
 )
@@ -181,33 +188,6 @@ def check_activations(x) -> None:
         raise ValueError("lrt_linear: x must be [..., in_features], got a 0-d tensor")
 
 
-def check_kind(name: str, x, weight, scale, parameterization) -> tuple[torch.Tensor, str]:
-    """The tensor that has the weights' shape and its argument's name, after checks that need no shape."""
-    if parameterization not in PARAMETERIZATIONS:
-        raise ValueError(f"{name}: parameterization must be one of {PARAMETERIZATIONS}, got {parameterization!r}")
-    if (weight is None) != (parameterization == "variance"):
-        wanted = "must be None" if weight is not None else "is missing"
-        raise ValueError(f"{name}: weight {wanted} for parameterization {parameterization!r}")
-    check_companion(name, "scale", scale, "x", x)
-    if weight is None:
-        return scale, "scale"
-    check_companion(name, "weight", weight, "x", x)
-    return weight, "weight"
-
-
-def check_scale_and_bias(name: str, x, matrix, scale, bias, parameterization, outputs: int) -> None:
-    """Their shapes beside weights of ``matrix``'s shape with so many outputs."""
-    scale_shape = {"layer": (1,), "neuron": (outputs,)}.get(parameterization, tuple(matrix.shape))
-    if tuple(scale.shape) != scale_shape:
-        raise ValueError(
-            f"{name}: scale must be {scale_shape} for parameterization {parameterization!r}, got {tuple(scale.shape)}"
-        )
-    if bias is not None:
-        check_companion(name, "bias", bias, "x", x)
-        if tuple(bias.shape) != (outputs,):
-            raise ValueError(f"{name}: bias must be ({outputs},), got {tuple(bias.shape)}")
-
-
 def check_parameters(x, weight, scale, bias, parameterization) -> None:
     name = "lrt_linear"
     matrix, matrix_name = check_kind(name, x, weight, scale, parameterization)
@@ -218,6 +198,37 @@ def check_parameters(x, weight, scale, bias, parameterization) -> None:
             f"{name}: x must be [..., {matrix.shape[1]}] for {matrix_name} {tuple(matrix.shape)}, got {tuple(x.shape)}"
         )
     check_scale_and_bias(name, x, matrix, scale, bias, parameterization, matrix.shape[0])
+
+
+def chosen_operand(x, weight, scale, parameterization, variance_dtype, operand) -> tuple[torch.Tensor, ...]:
+    """The variance operand that :func:`lrt_linear` was given, checked, or that of ``variance_dtype``."""
+    name, matrix = "lrt_linear", scale if weight is None else weight
+    if variance_dtype not in (None, FLOAT8, "float8_e4m3fn"):
+        raise ValueError(f"{name}: variance_dtype must be None or 'float8_e4m3fn', got {variance_dtype!r}")
+    if operand is not None:
+        if not isinstance(operand, VarianceOperand):
+            raise TypeError(f"{name}: variance_operand must be a VarianceOperand, got {type(operand).__name__}")
+        wanted = FLOAT8 if variance_dtype is not None or operand.row_scale is not None else operand_dtype(x.dtype)
+        if operand.sigma2.dtype != wanted or operand.sigma2.shape != matrix.shape or operand.sigma2.device != x.device:
+            found = f"{operand.sigma2.dtype} {tuple(operand.sigma2.shape)} on {operand.sigma2.device}"
+            raise ValueError(
+                f"{name}: variance_operand must be {wanted} {tuple(matrix.shape)} on {x.device}, got {found}"
+            )
+        if wanted != FLOAT8:
+            return (operand.sigma2,)
+    if x.dtype != torch.bfloat16:
+        raise TypeError(f"{name}: variance_dtype float8_e4m3fn needs x in torch.bfloat16, got {x.dtype}")
+    if any(size % FLOAT8_MULTIPLE for size in matrix.shape):
+        raise ValueError(
+            f"{name}: variance_dtype float8_e4m3fn needs weights whose sizes are multiples of {FLOAT8_MULTIPLE}, "
+            f"got {tuple(matrix.shape)}"
+        )
+    if missing := float8_missing(x.device):
+        needed = "a GPU of compute capability {}.{} or more".format(*FLOAT8_CAPABILITY)
+        raise RuntimeError(f"{name}: variance_dtype float8_e4m3fn needs {needed}, got {missing}")
+    if operand is None:
+        operand = lrt_variance_operand(weight, scale, parameterization=parameterization, dtype=FLOAT8)
+    return operand
 
 
 def lrt_linear(
@@ -231,6 +242,8 @@ def lrt_linear(
     row_offset: int = 0,
     col_offset: int = 0,
     sample: int = 0,
+    variance_dtype: torch.dtype | str | None = None,
+    variance_operand: VarianceOperand | None = None,
 ) -> torch.Tensor:
     """Linear layer with Gaussian weights, sampled by the local reparameterization trick.
 
@@ -245,6 +258,11 @@ def lrt_linear(
         row_offset, col_offset: place of x's rows in a larger batch and of the outputs among more features, so that a
             shard draws what the whole would draw.
         sample: which of the 2^32 draws of this seed.
+        variance_dtype: "float8_e4m3fn" multiplies the variance stream in float8, where the GPU can (compute capability
+            8.9 or more): bfloat16 x, I and O multiples of 16. The standard deviations' error is told in
+            ``ops/lrt_operand.py``; means and gradients are computed as without it.
+        variance_operand: what :func:`lrt_variance_operand` made of these very parameters, so that it is not made
+            again. Gradients reach weight and scale all the same.
 
     Parameters have x's dtype, or float32 beside half-precision activations; gradients have the parameters' dtypes.
 
@@ -253,14 +271,26 @@ def lrt_linear(
 
     Raises:
         TypeError, ValueError: a dtype, device, shape, name, seed or offset is not as above.
+        RuntimeError: float8 on a device that does not multiply it.
+        NotImplementedError: float8 under a ``torch.func`` transform or forward-mode AD.
     """
     check_activations(x)
     x = in_autocast_dtype(x)
     check_parameters(x, weight, scale, bias, parameterization)
-    out_features = (scale if weight is None else weight).shape[0]
-    check_stream("lrt_linear", row_offset, col_offset, sample, out_features)
+    matrix = scale if weight is None else weight
+    check_stream("lrt_linear", row_offset, col_offset, sample, matrix.shape[0])
     seed = as_seed("lrt_linear", seed, x.device)
-    formula = lrt_linear_reference if composite_needed() else torch.ops.losssurf_fast.lrt_linear.default
     rows = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    y, _ = formula(rows, weight, scale, bias, seed, parameterization, row_offset, col_offset, sample)
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], out_features)
+    inputs = (rows, weight, scale, bias, seed, parameterization, row_offset, col_offset, sample)
+    operand = ()
+    if variance_dtype is not None or variance_operand is not None:
+        operand = chosen_operand(x, weight, scale, parameterization, variance_dtype, variance_operand)
+    if not composite_needed():
+        y, _ = torch.ops.losssurf_fast.lrt_linear.default(*inputs, *operand)
+    elif operand and operand[0].dtype == FLOAT8:
+        raise NotImplementedError(
+            "lrt_linear: variance_dtype float8_e4m3fn does not run under torch.func transforms or forward-mode AD"
+        )
+    else:  # which differentiates through sigma^2
+        y, _ = lrt_linear_reference(*inputs)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], matrix.shape[0])

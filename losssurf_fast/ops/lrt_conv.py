@@ -24,7 +24,7 @@ import math
 import torch
 
 from losssurf_fast._library import define, register_autograd, second_order, without_autocast
-from losssurf_fast.ops.lrt import operand_dtype, variance_operand
+from losssurf_fast.ops.lrt_operand import operand_dtype, variance_operand
 from losssurf_fast.ops.lrt_sample import EPSILON, sample_noise
 
 # ---- reference -----------------------------------------------------------------------------------------------------

@@ -4,8 +4,8 @@ import torch
 from torch.nn import functional as F
 
 from losssurf_fast._library import composite_needed, in_autocast_dtype
-from losssurf_fast.ops.lrt import check_kind, check_scale_and_bias
 from losssurf_fast.ops.lrt_conv import lrt_conv_reference
+from losssurf_fast.ops.lrt_operand import check_kind, check_scale_and_bias
 from losssurf_fast.ops.lrt_sample import LRT_DTYPES, check_channels
 from losssurf_fast.ops.noise import as_seed, check_stream
 

@@ -12,7 +12,6 @@ import math
 import torch
 
 from losssurf_fast._library import attach
-from losssurf_fast.ops.lrt import operand_dtype
 from losssurf_fast.ops.lrt_conv import lrt_conv_backward_reference, lrt_conv_reference
 from losssurf_fast.ops.lrt_linear_backward_triton import (
     grad_parameters_of,
@@ -20,7 +19,8 @@ from losssurf_fast.ops.lrt_linear_backward_triton import (
     output_gradients,
     parameter_gradients,
 )
-from losssurf_fast.ops.lrt_linear_triton import OUTPUT_ALPHA, operands
+from losssurf_fast.ops.lrt_operand import operand_dtype
+from losssurf_fast.ops.lrt_operand_triton import OUTPUT_ALPHA, operands
 from losssurf_fast.ops.lrt_sample_triton import View, output_of, sample_pass
 
 

@@ -15,16 +15,10 @@ import triton
 import triton.language as tl
 
 from losssurf_fast._library import attach, device_guard
-from losssurf_fast.ops.lrt import lrt_linear_backward_reference, operand_dtype
-from losssurf_fast.ops.lrt_linear_triton import (
-    ELEMENTS,
-    OUTPUT_ALPHA,
-    choose,
-    contiguous,
-    dot_precision,
-    operands,
-    variance_operand,
-)
+from losssurf_fast.ops.lrt import lrt_linear_backward_reference
+from losssurf_fast.ops.lrt_linear_triton import choose, contiguous, dot_precision
+from losssurf_fast.ops.lrt_operand import operand_dtype
+from losssurf_fast.ops.lrt_operand_triton import ELEMENTS, OUTPUT_ALPHA, operands, variance_operand
 from losssurf_fast.ops.lrt_sample_triton import exact_exp, matrix_view, sample_backward_pass
 from losssurf_fast.ops.lrt_strategy import Tile, parameter_tile
 

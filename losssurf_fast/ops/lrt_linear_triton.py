@@ -1,4 +1,4 @@
-"""Triton kernels of ``lrt_linear``: GEMM operands, and the dual-accumulator kernel.
+"""Triton kernels of ``lrt_linear``: library GEMMs around fused passes, and the dual-accumulator kernel.
 
 ``ops/lrt_strategy.py`` chooses: two library GEMMs and one fused pass (``lrt_sample_triton.py``), or, at few rows, one
 kernel with an accumulator for the mean and one for the variance, which reads the parameters once.
@@ -13,10 +13,11 @@ import triton
 import triton.language as tl
 
 from losssurf_fast._library import attach, device_guard
-from losssurf_fast.ops.lrt import lrt_linear_reference, operand_dtype
+from losssurf_fast.ops.lrt import lrt_linear_reference
+from losssurf_fast.ops.lrt_operand import operand_dtype
+from losssurf_fast.ops.lrt_operand_triton import OUTPUT_ALPHA, float8_rows, operands, variance_operand
 from losssurf_fast.ops.lrt_sample_triton import (
     _EPSILON,
-    exact_exp,
     matrix_view,
     nonnegative,
     output_alpha,
@@ -26,69 +27,6 @@ from losssurf_fast.ops.lrt_sample_triton import (
 from losssurf_fast.ops.lrt_strategy import Tile, dual_tile, linear_strategy
 from losssurf_fast.ops.noise_triton import EXACT, PLACE_ARGUMENTS, tile_normals
 
-OUTPUT_ALPHA = ("layer", "neuron")  # alpha is applied to var in output space
-ELEMENTS = 1024  # of an operand, per program
-
-# ---- operands ------------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def variance_operand(weight, scale, PARAMETERIZATION: tl.constexpr):
-    """sigma^2 without output alpha, fp32, of fp32 tiles; the square of ``weight`` alone serves x^2 too."""
-    if PARAMETERIZATION == "layer" or PARAMETERIZATION == "neuron":
-        sigma2 = weight * weight
-    elif PARAMETERIZATION == "weight":
-        sigma2 = exact_exp(scale) * weight * weight
-    else:
-        sigma2 = exact_exp(scale)
-    return sigma2
-
-
-@triton.jit
-def _operands_kernel(
-    weight_ptr,  # [numel]; None for "variance"
-    scale_ptr,  # [numel]; None for "layer" and "neuron"
-    cast_ptr,  # [numel] or None: weight in the GEMM's dtype
-    sigma2_ptr,  # [numel]
-    numel,
-    PARAMETERIZATION: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = offs < numel
-    weight = 0.0
-    scale = 0.0
-    if weight_ptr is not None:
-        weight = tl.load(weight_ptr + offs, mask=mask).to(tl.float32)
-    if scale_ptr is not None:
-        scale = tl.load(scale_ptr + offs, mask=mask).to(tl.float32)
-    if cast_ptr is not None:
-        tl.store(cast_ptr + offs, weight.to(cast_ptr.dtype.element_ty), mask=mask)
-    sigma2 = variance_operand(weight, scale, PARAMETERIZATION)
-    tl.store(sigma2_ptr + offs, sigma2.to(sigma2_ptr.dtype.element_ty), mask=mask)
-
-
-def operands(weight, scale, parameterization, dtype) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """(weight, sigma^2) in ``dtype`` from one pass over the parameters; of (x, None, "layer") the pair (x, x^2).
-
-    The parameters are dense and lie in memory alike; so do the results.
-    """
-    sigma2 = torch.empty_like(scale if weight is None else weight, dtype=dtype)
-    cast = weight if weight is None or weight.dtype == dtype else torch.empty_like(sigma2)
-    if sigma2.numel() > 0:
-        with device_guard(sigma2):
-            _operands_kernel[(triton.cdiv(sigma2.numel(), ELEMENTS),)](
-                weight,
-                None if parameterization in OUTPUT_ALPHA else scale,
-                None if cast is weight else cast,
-                sigma2,
-                sigma2.numel(),
-                PARAMETERIZATION=parameterization,
-                BLOCK=ELEMENTS,
-            )
-    return cast, sigma2
-
-
 # ---- dual accumulators ---------------------------------------------------------------------------------------------
 
 
@@ -96,7 +34,8 @@ def operands(weight, scale, parameterization, dtype) -> tuple[torch.Tensor | Non
 def _lrt_linear_kernel(
     x_ptr,  # [M, I]
     weight_ptr,  # [O, I]; None for "variance"
-    scale_ptr,  # [1], [O] or [O, I]
+    scale_ptr,  # [1], [O] or [O, I]; None where sigma2_ptr stands for it
+    sigma2_ptr,  # [O, I] in the operands' dtype, or None to make it here
     bias_ptr,  # [O] or None
     seed_ptr,
     y_ptr,  # [M, O]
@@ -116,7 +55,7 @@ def _lrt_linear_kernel(
     BLOCK_K: tl.constexpr,
 ):
     OPERAND: tl.constexpr = var_ptr.dtype.element_ty
-    SCALE_TILE: tl.constexpr = PARAMETERIZATION != "layer" and PARAMETERIZATION != "neuron"
+    SCALE_TILE: tl.constexpr = sigma2_ptr is None and PARAMETERIZATION != "layer" and PARAMETERIZATION != "neuron"
     # Row blocks of the same columns run side by side, so that the parameters are read from memory once.
     num_m = tl.cdiv(M, BLOCK_M)
     start_n = (tl.program_id(0) // num_m).to(tl.int64) * BLOCK_N
@@ -141,6 +80,8 @@ def _lrt_linear_kernel(
                 weight = tl.load(weight_ptr + parameter_offs)
             if SCALE_TILE:
                 scale = tl.load(scale_ptr + parameter_offs)
+            if sigma2_ptr is not None:
+                sigma2 = tl.load(sigma2_ptr + parameter_offs)
         else:  # zeros in x, so the variance of what is read past the end does not count
             mask_k = (offs_k < I - k)[None, :]
             x = tl.load(x_ptrs, mask=mask_k, other=0.0)
@@ -148,13 +89,16 @@ def _lrt_linear_kernel(
                 weight = tl.load(weight_ptr + parameter_offs, mask=mask_k, other=0.0)
             if SCALE_TILE:
                 scale = tl.load(scale_ptr + parameter_offs, mask=mask_k, other=0.0)
+            if sigma2_ptr is not None:
+                sigma2 = tl.load(sigma2_ptr + parameter_offs, mask=mask_k, other=0.0)
         if weight_ptr is not None:
             operand = weight.to(OPERAND)
             acc_mean = tl.dot(x.to(OPERAND), operand.T, acc_mean, input_precision=PRECISION)
             weight = weight.to(tl.float32)
         if SCALE_TILE:
             scale = scale.to(tl.float32)
-        sigma2 = variance_operand(weight, scale, PARAMETERIZATION).to(OPERAND)
+        if sigma2_ptr is None:
+            sigma2 = variance_operand(weight, scale, PARAMETERIZATION).to(OPERAND)
         x2 = (x.to(tl.float32) * x.to(tl.float32)).to(OPERAND)
         acc_var = tl.dot(x2, sigma2.T, acc_var, input_precision=PRECISION)
         x_ptrs += BLOCK_K
@@ -183,18 +127,23 @@ def dot_precision(dtype: torch.dtype) -> str:
 
 
 def linear_dual(
-    x, weight, scale, bias, seed, parameterization, row_offset, col_offset, sample, tile: Tile
+    x, weight, scale, bias, seed, parameterization, row_offset, col_offset, sample, tile: Tile, sigma2=None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(y, var) by the dual-accumulator kernel; the inputs must be contiguous and none of M, O, I 0."""
+    """(y, var) by the dual-accumulator kernel; the inputs must be contiguous and none of M, O, I 0.
+
+    ``sigma2``, in the operands' dtype, saves the kernel making it.
+    """
     rows, in_features = x.shape
     out_features = (scale if weight is None else weight).shape[0]
     y = torch.empty((rows, out_features), dtype=x.dtype, device=x.device)
     var = torch.empty_like(y, dtype=operand_dtype(x.dtype))
+    read_scale = None if sigma2 is not None and parameterization not in OUTPUT_ALPHA else scale
     first_quad, shift = divmod(col_offset, 4)
     programs = triton.cdiv(rows, tile.block_m) * triton.cdiv(out_features + shift, tile.block_n)
     with device_guard(x):
         _lrt_linear_kernel[(programs,)](
-            x, weight, scale, bias, seed, y, var, rows, out_features, in_features, row_offset, first_quad, sample,
+            x, weight, read_scale, sigma2, bias, seed, y, var, rows, out_features, in_features, row_offset, first_quad,
+            sample,
             PARAMETERIZATION=parameterization, PRECISION=dot_precision(x.dtype), SHIFT=shift,
             EVEN_K=in_features % tile.block_k == 0, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
             BLOCK_K=tile.block_k, num_warps=tile.num_warps, num_stages=tile.num_stages,
@@ -203,15 +152,33 @@ def linear_dual(
     return y, var
 
 
+def float8_product(x, sigma2, row_scale) -> torch.Tensor:
+    """x^2 (sigma^2)^T from float8 operands, in x's dtype."""
+    squares, scale = float8_rows(x, None, "layer")
+    return torch._scaled_mm(
+        squares, sigma2.t(), scale.unsqueeze(1), row_scale.unsqueeze(0), out_dtype=x.dtype, use_fast_accum=False
+    )
+
+
 def linear_two_gemms(
-    x, weight, scale, bias, seed, parameterization, row_offset, col_offset, sample
+    x, weight, scale, bias, seed, parameterization, row_offset, col_offset, sample, sigma2=None, row_scale=None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(y, var) by two library GEMMs and one fused pass; the inputs must be contiguous."""
+    """(y, var) by two library GEMMs and one fused pass; the inputs must be contiguous.
+
+    ``sigma2`` and ``row_scale`` are those of ``ops/lrt_operand.py``; without them sigma^2 is made here.
+    """
     operand = operand_dtype(x.dtype)
-    a, a2 = operands(x, None, "layer", operand)
-    w, sigma2 = operands(weight, scale, parameterization, operand)
+    if row_scale is not None:
+        a, w = x, None if weight is None else weight.to(operand)
+        var = float8_product(x, sigma2, row_scale)
+    else:
+        a, a2 = operands(x, None, "layer", operand)
+        if sigma2 is None:
+            w, sigma2 = operands(weight, scale, parameterization, operand)
+        else:
+            w = None if weight is None else weight.to(operand)
+        var = a2 @ sigma2.t()
     mean = None if w is None else a @ w.t()
-    var = a2 @ sigma2.t()
     alpha = parameterization if parameterization in OUTPUT_ALPHA else "none"
     y, view = output_of(mean, var, x.dtype), matrix_view(var)
     y = sample_pass(mean, var, scale, bias, seed, y, view, alpha, row_offset, col_offset, sample)
@@ -222,27 +189,31 @@ def contiguous(*tensors):
     return (t if t is None else t.contiguous() for t in tensors)
 
 
-def choose(x, weight, scale, parameterization) -> Tile | None:
-    """Tile of the dual-accumulator kernels, or None for library GEMMs."""
+def choose(x, weight, scale, parameterization, sigma2=None) -> Tile | None:
+    """Tile of the dual-accumulator kernels, or None for library GEMMs; ``sigma2`` is what they load of it, if any."""
     capability = torch.cuda.get_device_capability(x.device) if x.is_cuda else (9, 0)
     out_features = (scale if weight is None else weight).shape[0]
     if linear_strategy(x.shape[0], out_features, x.shape[1], x.dtype, parameterization, capability) == "two_gemms":
         return None
     parameter_dtype = (scale if weight is None else weight).dtype
-    if parameterization not in OUTPUT_ALPHA:
+    if sigma2 is not None:
+        parameter_dtype = torch.promote_types(parameter_dtype, sigma2.dtype)
+    elif parameterization not in OUTPUT_ALPHA:
         parameter_dtype = torch.promote_types(parameter_dtype, scale.dtype)
     return dual_tile(x.shape[0], x.dtype, parameter_dtype, capability)
 
 
-def lrt_linear_triton(x, weight, scale, bias, seed, parameterization, row_offset=0, col_offset=0, sample=0):
+def lrt_linear_triton(
+    x, weight, scale, bias, seed, parameterization, row_offset=0, col_offset=0, sample=0, sigma2=None, row_scale=None
+):
     place = (row_offset, col_offset, sample)
     if x.dtype == torch.float64 or x.shape[0] == 0 or (scale if weight is None else weight).shape[0] == 0:
-        return lrt_linear_reference(x, weight, scale, bias, seed, parameterization, *place)
-    x, weight, scale, bias = contiguous(x, weight, scale, bias)
-    tile = choose(x, weight, scale, parameterization)
+        return lrt_linear_reference(x, weight, scale, bias, seed, parameterization, *place, sigma2, row_scale)
+    x, weight, scale, bias, sigma2 = contiguous(x, weight, scale, bias, sigma2)
+    tile = choose(x, weight, scale, parameterization, sigma2) if row_scale is None else None
     if tile is None:
-        return linear_two_gemms(x, weight, scale, bias, seed, parameterization, *place)
-    return linear_dual(x, weight, scale, bias, seed, parameterization, *place, tile)
+        return linear_two_gemms(x, weight, scale, bias, seed, parameterization, *place, sigma2, row_scale)
+    return linear_dual(x, weight, scale, bias, seed, parameterization, *place, tile, sigma2)
 
 
 attach("lrt_linear", lrt_linear_triton)
