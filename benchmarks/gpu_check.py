@@ -8,6 +8,7 @@ at tiny sizes; it writes nothing to the repository.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import subprocess
@@ -23,6 +24,7 @@ from benchmarks import report, run
 ROOT = run.ROOT
 CHECKS = report.RESULTS / "checks"
 LAST_LINES = 12  # of a section's output, kept in the record
+FAILED_LINES = 400  # of a section that failed, printed when it ends
 
 # ---- sections ------------------------------------------------------------------------------------------------------
 
@@ -44,7 +46,7 @@ class Outcome:
 
 def gpu_tests() -> list[str]:
     """Test files that have tests for a GPU, by their text: the mark, or a device chosen by what torch sees."""
-    signs = ("mark.gpu", "needs_gpu", "cuda.is_available()")
+    signs = ("mark.gpu", "needs_gpu", "cuda.is_available()", "ON_GPU")
     files = sorted(ROOT.glob("tests/test_*.py"))
     return [str(f.relative_to(ROOT)) for f in files if any(sign in f.read_text() for sign in signs)]
 
@@ -53,7 +55,9 @@ def sections(dry: bool, folder: Path, device: str) -> list[Section]:
     """``folder`` receives the measurements; what is no measurement of a case goes to its folder of checks."""
     out, strategies = folder / f"{device}.jsonl", folder / CHECKS.name / f"{device}-borders.jsonl"
     python = sys.executable
-    pytest = (python, "-m", "pytest", "-q", "--tb=line", "-p", "no:cacheprovider", *gpu_tests())
+    # Triton compiles about a thousand variants of its kernels for these tests, each for a second or more of one core.
+    workers = ("-n", str(cores()), "--dist", "worksteal") if importlib.util.find_spec("xdist") else ()
+    pytest = (python, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", *workers, *gpu_tests())
     bench = (python, "-m", "benchmarks.run", "--no-gate", "--out", str(out))
     borders = (python, "-m", "benchmarks.borders", "--out", str(strategies))
     if dry:
@@ -89,12 +93,18 @@ def carry_out(section: Section, deadline: float) -> Outcome:
             status = "too long"
         log.seek(0)
         lines = [line.rstrip() for line in log.read().splitlines() if line.strip()]
+    if status != "ok":
+        print("\n".join(lines[-FAILED_LINES:]), file=sys.stderr, flush=True)
     return Outcome(section.name, status, time.monotonic() - start, lines[-LAST_LINES:])
 
 
 def environment() -> dict[str, str]:
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    return os.environ | {"PYTHONPATH": path, "MAX_JOBS": str(len(os.sched_getaffinity(0)))}
+    return os.environ | {"PYTHONPATH": path, "MAX_JOBS": str(cores())}
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0))
 
 
 # ---- the check -----------------------------------------------------------------------------------------------------
@@ -130,8 +140,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         for section in sections(arguments.dry, folder, name):
             print(f"gpu_check: {section.name} ...", file=sys.stderr, flush=True)
             outcomes.append(carry_out(section, deadline))
-            if outcomes[-1].status != "ok":
-                print("\n".join(outcomes[-1].said), file=sys.stderr)
         with (folder / CHECKS.name / f"{name}.jsonl").open("a") as file:
             file.write(json.dumps(shared | {"sections": [asdict(outcome) for outcome in outcomes]}) + "\n")
     print(table(outcomes))

@@ -37,7 +37,9 @@ def test_a_section_that_fails_or_hangs_costs_only_itself(monkeypatch, tmp_path, 
     start = time.monotonic()
     assert gpu_check.main(["--dry", "--out", str(tmp_path)]) == 1
     assert time.monotonic() - start < 30
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+    printed = capsys.readouterr()
+    assert "no compiler" in printed.err and "fine" not in printed.err
+    lines = [line.split() for line in printed.out.splitlines()[1:]]
     assert [line[:2] for line in lines] == [["broken", "failed"], ["hangs", "too"], ["works", "ok"]]
     (record,) = [json.loads(line) for path in tmp_path.rglob("*.jsonl") for line in path.read_text().splitlines()]
     assert [section["said"] for section in record["sections"]] == [["no compiler"], ["started"], ["fine"]]
@@ -58,6 +60,7 @@ def test_without_a_gpu_it_says_so(monkeypatch, capsys):
 def test_every_file_with_gpu_tests_is_run():
     files = gpu_check.gpu_tests()
     assert {"tests/test_triton.py", "tests/test_curve_gpu.py", "tests/test_averaging_gpu.py"} <= set(files)
+    assert {"tests/test_kl_triton.py", "tests/test_curve_linear_triton.py"} <= set(files)  # by what test_triton.py sees
     assert "tests/test_kl.py" not in files
 
 
