@@ -7,10 +7,10 @@ check itself to ``benchmarks/results/checks/``; the table of the measurements is
 sections on the CPU at tiny sizes, with the cases of a GPU; it writes nothing to the repository.
 
 How nine minutes are shared on 16 cores: the build takes four at most (nvcc, file by file in parallel), the tests three
-(their files in eight processes), the borders two. The operators have what the build and the tests leave, and leave the
-borders a good minute: headline cases first, the most important families first among them, then the others. A headline
-case is some seconds of torch.compile and half a second of measuring; lists of hundreds of tensors are not compiled by
-torch.
+(dealt out to a process for each core), the borders two. The operators have what the build and the tests leave, and
+leave the borders a good minute: headline cases first, the most important families first among them, then the others. A
+headline case is some seconds of torch.compile and half a second of measuring; lists of hundreds of tensors are not
+compiled by torch.
 """
 
 import argparse
@@ -29,6 +29,7 @@ from benchmarks import records, report, run
 ROOT = records.ROOT
 CHECKS = records.RESULTS / "checks"
 LAST_LINES = 12  # of a process's output, kept in the record
+FAILED_LINES = 400  # of one that failed, printed when its section ends
 LAST_CASE = 0.75  # minutes that the case or sweep begun last may take
 
 # ---- sections ------------------------------------------------------------------------------------------------------
@@ -58,12 +59,14 @@ def gpu_tests() -> list[str]:
 
 
 def dealt(files: Sequence[str], hands: int) -> list[list[str]]:
-    """The files in so many heaps of about equal length, each file in one."""
-    heaps = [[] for _ in range(min(hands, len(files)))]
-    size = lambda file: (ROOT / file).stat().st_size
-    for file in sorted(files, key=size, reverse=True):
-        min(heaps, key=lambda heap: sum(map(size, heap))).append(file)
-    return heaps
+    """The tests of ``files`` in so many heaps, neighbours in different ones; the files where they cannot be listed.
+
+    Triton compiles about a thousand variants of its kernels for them, each for a second or more of one core.
+    """
+    listing = (sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider", *files)
+    said = subprocess.run(listing, cwd=ROOT, env=environment(), capture_output=True, text=True).stdout
+    tests = [line for line in said.splitlines() if "::" in line] or list(files)
+    return [tests[first::hands] for first in range(min(hands, len(tests)))]
 
 
 def sections(dry: bool, folder: Path, device: str, commit: str | None) -> list[Section]:
@@ -73,16 +76,14 @@ def sections(dry: bool, folder: Path, device: str, commit: str | None) -> list[S
     """
     out, strategies = folder / f"{device}.jsonl", folder / CHECKS.name / f"{device}-borders.jsonl"
     python, cores = sys.executable, len(os.sched_getaffinity(0))
-    hands = max(2, min(8, cores // 2))
-    pytest = ("-m", "pytest", "-q", "--tb=line", "-p", "no:cacheprovider", *(["--collect-only"] if dry else []))
+    pytest = ("-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", *(["--collect-only"] if dry else []))
     build = ("-c", "import losssurf_fast") if dry else ("setup.py", "-q", "build_ext", "--inplace")
     bench = ("-m", "benchmarks.run", "--no-gate", "--cases", "cuda", "--out", str(out))
     how = ("--dry", "--threads", "1") if dry else ("--quick", "--device", "cuda")
     same = ("--commit", commit) if commit else ()
 
     def tests(_):
-        threads = f"OMP_NUM_THREADS={max(1, cores // hands)}"
-        return [("env", threads, python, *pytest, *files) for files in dealt(gpu_tests(), hands)]
+        return [("env", "OMP_NUM_THREADS=1", python, *pytest, *tests) for tests in dealt(gpu_tests(), cores)]
 
     def until(minutes):  # for what begins nothing that it could not end
         return "--minutes", f"{max(minutes - LAST_CASE, 0.1):.2f}"
@@ -126,6 +127,8 @@ def carry_out(section: Section, deadline: float, later: float = 0.0) -> Outcome:
             with log:
                 log.seek(0)
                 said[status].append([line.rstrip() for line in log.read().splitlines() if line.strip()])
+            if status != "ok":
+                print("\n".join(said[status][-1][-FAILED_LINES:]), file=sys.stderr, flush=True)
     status = next(name for name in ("failed", "too long", "ok") if said[name])
     lines = [line for name in ("too long", "failed") for log in said[name] for line in log[-LAST_LINES:]]
     lines = lines or [line for log in said["ok"] for line in log[-LAST_LINES:]]
@@ -182,8 +185,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"gpu_check: {section.name} ...", file=sys.stderr, flush=True)
             later = 60 * sum(other.least for other in listed[number + 1 :])
             outcomes.append(carry_out(section, deadline, later))
-            if outcomes[-1].status != "ok":
-                print("\n".join(outcomes[-1].said), file=sys.stderr)
         with (folder / CHECKS.name / f"{name}.jsonl").open("a") as file:
             file.write(json.dumps(shared | {"sections": [asdict(outcome) for outcome in outcomes]}) + "\n")
         measured = lines_of(out, before)
