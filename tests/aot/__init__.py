@@ -1,0 +1,50 @@
+"""Every Triton kernel compiled ahead of time for one GPU architecture, and what came out.
+
+    python tests/aot 90
+
+prints one JSON line per case. It needs no GPU, but a process of its own per architecture (Triton's lowering remembers
+the first one) and no interpreter. ``test_triton_aot.py`` checks the lines.
+
+A family is one file here with ``cases(arch: int) -> list[Case]``; it is found by itself.
+"""
+
+import importlib
+import pkgutil
+from dataclasses import dataclass, field, replace
+
+import torch
+
+TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+@dataclass
+class Case:
+    """One kernel in one configuration; arguments are pointers (``*_ptr``), constants or sizes."""
+
+    name: str
+    kernel: object
+    pointers: dict[str, str]  # those left out are None
+    constants: dict[str, object]
+    options: dict[str, object] = field(default_factory=dict)
+    budget: int = 255  # registers
+    dot: bool = False
+    wide_copies: bool = False  # every copy to shared memory is asynchronous and of 16 bytes
+    wide_accesses: tuple[int, int] = (0, 0)  # at least so many loads and stores of global memory are of 16 bytes
+
+
+def sizes_one(case: Case, **constants) -> Case:
+    """``case`` where sizes are 1: Triton makes those constants, and a constant is not a tensor."""
+    return replace(
+        case,
+        name=f"{case.name}, sizes 1",
+        constants=case.constants | constants,
+        wide_copies=False,
+        wide_accesses=(0, 0),
+    )
+
+
+def all_cases(arch: int) -> list[Case]:
+    """Cases of every family for compute capability ``arch``, 90 for 9.0; one for each name."""
+    modules = [importlib.import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__)]
+    found = [case for module in modules if hasattr(module, "cases") for case in module.cases(arch)]
+    return list({case.name: case for case in found}.values())  # several numbers of rows may share a tile

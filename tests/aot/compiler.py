@@ -1,0 +1,73 @@
+"""From a case to what its compiled kernel is made of; numbers come from ptxas and from the disassembled code."""
+
+import contextlib
+import io
+import re
+import subprocess
+import tempfile
+
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from aot import Case
+from losssurf_fast.ops.noise_triton import PLACE_ARGUMENTS
+
+# Tensor-core instructions of Ampere to Ada, Hopper, Blackwell.
+MMA = re.compile(r"\b(?:HMMA|QMMA|IMMA|HGMMA|QGMMA|IGMMA|UTC[A-Z]*MMA)\b")
+FLOAT_ARGUMENTS = ("count", "precision", "log_variance")
+
+
+def compile_case(case: Case, arch: int) -> dict:
+    """Registers, spills, shared memory, tensor-core instructions and ptxas warnings of ``case`` on ``arch``."""
+    signature, constants, attributes = {}, dict(case.constants), {}
+    for index, name in enumerate(case.kernel.arg_names):
+        if name in case.constants:
+            signature[name] = "constexpr"
+        elif name.endswith("_ptr"):
+            kind = case.pointers.get(name)
+            signature[name] = "constexpr" if kind is None else f"*{kind}"
+            if kind is None:
+                constants[name] = None
+            else:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+        else:
+            kinds = dict.fromkeys((*PLACE_ARGUMENTS, "rows_total"), "i64") | dict.fromkeys(FLOAT_ARGUMENTS, "fp32")
+            signature[name] = kinds.get(name, "i32")
+            if name not in (*kinds, "steps", "first"):
+                attributes[(index,)] = [["tt.divisibility", 16]]
+    log = io.StringIO()
+    with contextlib.redirect_stdout(log):
+        source = ASTSource(case.kernel, signature, constants, attributes)
+        compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=case.options)
+    log = log.getvalue()
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        sass = subprocess.run(
+            [knobs.nvidia.nvdisasm.path, "-c", file.name], check=True, capture_output=True, text=True
+        ).stdout
+    numbers = {
+        "registers": r"Used (\d+) registers",
+        "stack": r"(\d+) bytes stack frame",
+        "spill_stores": r"(\d+) bytes spill stores",
+        "spill_loads": r"(\d+) bytes spill loads",
+    }
+    found = {key: int(re.search(pattern, log).group(1)) for key, pattern in numbers.items()}
+    return {
+        "name": case.name,
+        "budget": case.budget,
+        "dot": case.dot,
+        "wide_copies": case.wide_copies,
+        "wide_accesses": case.wide_accesses,
+        "loads": len(re.findall(r"\bLDG\.\S*\b128\b", sass)),
+        "stores": len(re.findall(r"\bSTG\.\S*\b128\b", sass)),
+        **found,
+        "serialised": sorted(set(re.findall(r"C75\d\d", log))),
+        "copies": len(re.findall(r"\bLDGSTS\.", sass)),
+        "narrow_copies": len(re.findall(r"\bLDGSTS\.(?!\S*\b128\b)", sass)),
+        "mma": len(MMA.findall(sass)),
+        "instructions": len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", sass, re.M)),
+        "shared": compiled.metadata.shared,
+    }

@@ -1,0 +1,26 @@
+"""Cases of ``ops/lrt_sample_triton.py``, the epilogue of linear layers and convolutions, and its backward."""
+
+from aot import Case, sizes_one
+from aot.noise import TILE
+from losssurf_fast.ops import lrt_sample_triton
+from losssurf_fast.ops.noise_triton import EXACT
+
+FORMATS = {"linear": TILE, "contiguous": TILE, "channels_last": {"SHIFT": 0, "BLOCK_M": 128, "BLOCK_N": 8}}
+
+
+def cases(arch: int) -> list[Case]:
+    found = []
+    for t in ("bf16", "fp32"):
+        streams = {"mean_ptr": t, "var_ptr": t, "scale_ptr": "fp32", "bias_ptr": t, "seed_ptr": "i64", "y_ptr": t}
+        grads = {"grad_ptr": t, "var_ptr": t, "scale_ptr": "fp32", "seed_ptr": "i64", "grad_var_ptr": t}
+        sums = {"sum_grad_ptr": "fp32", "sum_alpha_ptr": "fp32"}
+        for memory_format, tile in FORMATS.items():
+            choices = {**tile, "FORMAT": memory_format, "ALPHA": "neuron"}
+            wide = (2, 1) if t == "bf16" else (4, 2)  # all of the streams
+            forward = Case(f"lrt_sample {memory_format} {t}", lrt_sample_triton._lrt_sample_kernel, streams, choices,
+                           EXACT, 56, wide_accesses=wide)  # fmt: skip
+            backward = Case(f"lrt_sample_backward {memory_format} {t}", lrt_sample_triton._lrt_sample_backward_kernel,
+                            grads | sums, choices | {"LIMIT": 3.4e38}, EXACT, 104, wide_accesses=wide)  # fmt: skip
+            ones = {"rows": 1, "cols": 1, "BLOCK_M": 1, "BLOCK_N": 4}
+            found += [forward, backward, sizes_one(forward, **ones), sizes_one(backward, batch=1, **ones)]
+    return found
