@@ -207,7 +207,8 @@ def lrt_linear_triton(
     x, weight, scale, bias, seed, parameterization, row_offset=0, col_offset=0, sample=0, sigma2=None, row_scale=None
 ):
     place = (row_offset, col_offset, sample)
-    if x.dtype == torch.float64 or x.shape[0] == 0 or (scale if weight is None else weight).shape[0] == 0:
+    nothing = x.numel() == 0 if row_scale is not None else x.shape[0] == 0  # torch._scaled_mm takes no empty sums
+    if x.dtype == torch.float64 or nothing or (scale if weight is None else weight).shape[0] == 0:
         return lrt_linear_reference(x, weight, scale, bias, seed, parameterization, *place, sigma2, row_scale)
     x, weight, scale, bias, sigma2 = contiguous(x, weight, scale, bias, sigma2)
     tile = choose(x, weight, scale, parameterization, sigma2) if row_scale is None else None
