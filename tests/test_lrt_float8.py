@@ -309,3 +309,5 @@ def test_set_variance_dtype(caplog):
     lsf.set_variance_dtype(model, None)
     assert model[2].variance_dtype is None and not caplog.records
     assert "variance_dtype" not in repr(model)
+    plain = lsf.from_lrt(lsf.set_variance_dtype(model, FLOAT8))
+    assert vars(plain[2]).keys() == vars(nn.Linear(1, 1)).keys()
