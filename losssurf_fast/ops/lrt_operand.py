@@ -24,7 +24,6 @@ from losssurf_fast._library import define
 from losssurf_fast.ops.lrt_sample import check_companion
 
 FLOAT8 = torch.float8_e4m3fn
-FLOAT8_MAX = 448.0
 FLOAT8_CAPABILITY = (8, 9)  # of the first GPUs that multiply it
 FLOAT8_MULTIPLE = 16  # of both sizes of a weight: what torch._scaled_mm takes
 PARAMETERIZATIONS = ("layer", "neuron", "weight", "additive", "variance")
