@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(kThreads)
 // ---- gradients ------------------------------------------------------------------------------------------------
 
 // The sum over a block's threads, for its thread 0.
-LSF_INLINE double block_sum(double value, double (&shared)[kThreads]) {
+__device__ inline double block_sum(double value, double (&shared)[kThreads]) {
   __syncthreads();  // the sum before this one has been read
   shared[threadIdx.x] = value;
   for (unsigned half = kThreads / 2; half > 0; half /= 2) {
