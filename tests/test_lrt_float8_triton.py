@@ -72,6 +72,16 @@ def test_float8_rows_of_any_numbers():
 
 
 @multiplies_float8
+def test_float8_rows_next_to_the_largest_number():
+    """exp(s) w^2 = 448 2^k stays 448 (no square is that number), what is above it becomes 224."""
+    bits = torch.tensor(1.75).log().view(torch.int32) + torch.arange(-30, 30, dtype=torch.int32).unsqueeze(1)
+    log_alpha, weight = bits.view(F32).to(DEVICE), torch.full((60, 1), 4.0, device=DEVICE)
+    scaled, scale = launcher(weight, log_alpha, "weight", out_dtype=F32)
+    assert ((scaled > 224) & (scaled <= 448)).all() and (scaled == 448).any()
+    assert sorted(set(scale.tolist())) == [2.0**-4, 2.0**-3]
+
+
+@multiplies_float8
 @pytest.mark.parametrize("kind", lrt.PARAMETERIZATIONS)
 def test_lrt_variance_operand_in_float8(kind):
     """exp differs from torch's by units in the last place, which rounding to float8 rarely shows."""
