@@ -16,7 +16,7 @@ from losssurf_fast.ops.noise_triton import PLACE_ARGUMENTS
 
 # Tensor-core instructions of Ampere to Ada, Hopper, Blackwell.
 MMA = re.compile(r"\b(?:HMMA|QMMA|IMMA|HGMMA|QGMMA|IGMMA|UTC[A-Z]*MMA)\b")
-FLOAT_ARGUMENTS = ("count", "precision", "log_variance")
+FLOAT_ARGUMENTS = ("count", "inverse_std", "log_variance")
 
 
 def compile_case(case: Case, arch: int) -> dict:
