@@ -60,8 +60,8 @@ inline std::vector<GaussianEntry> gaussian_entries(at::TensorList weights, at::T
   for (size_t i = 0; i < scales.size(); ++i) {
     GaussianEntry entry{{}, scales[i].contiguous(), parameterizations.get(i)};
     if (entry.parameterization != "variance") {
-      TORCH_CHECK_VALUE(next < weights.size(), "gaussian_weights: weights must hold a tensor for each scale but those of "
-                        "'variance', got ", weights.size());
+      TORCH_CHECK_VALUE(next < weights.size(), "gaussian_weights: weights must hold a tensor for each scale but those "
+                        "of 'variance', got ", weights.size());
       entry.weight = weights[next++].contiguous();
     }
     const int64_t numel = entry.numel(), elements = entry.scale.numel();
@@ -72,7 +72,7 @@ inline std::vector<GaussianEntry> gaussian_entries(at::TensorList weights, at::T
     TORCH_CHECK_TYPE(entry.wide() == (entry.like().scalar_type() == at::kDouble),
                      "gaussian_weights: weights and scales must both be float64 or neither");
     for (const at::Tensor& t : {entry.scale, entry.like()})
-      TORCH_CHECK_VALUE(t.device() == seed.device(), "gaussian_weights: weights and scales must be on the seed's device, ",
+      TORCH_CHECK_VALUE(t.device() == seed.device(), "gaussian_weights: weights and scales must be on the seed's ",
                         seed.device(), ", got ", t.device());
     entries.push_back(std::move(entry));
   }

@@ -128,7 +128,7 @@ def test_refuses():
     on_gpu, on_cpu = torch.zeros(3, device="cuda"), torch.zeros(3)
     with pytest.raises(ValueError, match=r"weights\[0\] must be on the seed's device, cuda:0, got cpu"):
         gaussian_weights([on_cpu], [on_gpu], ["additive"])
-    with pytest.raises(ValueError, match="gaussian_weights: weights and scales must be on the seed's device, cuda:0"):
+    with pytest.raises(ValueError, match="gaussian_weights: weights and scales must be on the seed's cuda:0, got cpu"):
         torch.ops.losssurf_fast.gaussian_weights(
             [on_cpu], [on_gpu], ["additive"], torch.tensor(1, device="cuda"), 0, 0, "none", 1.0
         )

@@ -152,7 +152,8 @@ struct Kernels {
   // tile's columns, or rows where channels are first.
   void (*lrt_sample_backward)(const LrtSampleBackward&, Tile, float* bias_sums, float* alpha_sums);
   void (*map)(Map, int64_t n, const Array* in, const Array* out);
-  // Sum of the KL of at most kTile elements. in[0] is log_alpha, or log_sigma2 where in[1], the weight, is there. slopes[k] = dKL / din[k], where slopes is not null.
+  // Sum of the KL of at most kTile elements. in[0] is log_alpha, or log_sigma2 where in[1], the weight, is not null.
+  // slopes[k] = dKL / din[k], where slopes is not null.
   double (*kl_sum)(KL, Prior, int64_t n, const Array* in, const Array* slopes);
   // out = scale in
   void (*kl_scale)(float scale, int64_t n, const Array* in, const Array* out);

@@ -1,17 +1,17 @@
-// gaussian_weights and its gradients as CUDA kernels over a model's tensors, on the same philox.h and gaussian_math.h as
-// the CPU: the bits of its draws and of gradients to weights and to scales of their own.
+// gaussian_weights and its gradients as CUDA kernels over a model's tensors, on the same philox.h and gaussian_math.h
+// as the CPU: the bits of its draws and of gradients to weights and to scales of their own.
 //
 // Floors per weight, for weights of s bytes with scales of as many ("additive", "weight"; where weights share scales,
 // one tensor less in each):
 //
-//               bytes    operations
-//   draws       3 s      a normal, an exponential, 2 more; with a KL, another exponential and, but for additive noise
-//                        with a normal prior, a logarithm or a polynomial of 12 terms
-//   gradients   5 s      the same, 8 more
+//               bytes   instructions on sm_90, as the compiler counts them
+//   draws       3 s     a normal 52, an exponential 22
+//   gradients   5 s     the same and 6 more
+//   a KL        0       normal 25 (multiplicative noise 49), log_uniform 51, approximate 91, ard 33; of additive
+//                       noise the last three take a logarithm more, 26
 //
-// A quarter of Philox and half of Box and Muller's are about 40 instructions, an exponential is 15. So in fp32 memory
-// and arithmetic are close, and in half precision arithmetic decides: a thread takes one quad of the noise at a time,
-// 16 bytes of fp32 and 8 of bf16.
+// So arithmetic decides in half precision, and in fp32 it is as near to the limit as memory is. Hence a thread takes one
+// quad of the noise at a time, 16 bytes of fp32 and 8 of bf16: wider accesses would save what does not count.
 #include "gaussian_weights.h"
 
 #include "../gaussian_math.h"
@@ -101,8 +101,8 @@ typedef Table<GaussianGradient, kGaussianChunk> GradientTable;
 
 // ---- draws ----------------------------------------------------------------------------------------------------
 
-// A block adds its share of the KL to a partial sum of its own: nothing depends on the order in which blocks run. And as
-// the number of blocks follows from the tensors alone, every chip adds in the same order.
+// A block adds its share of the KL to a partial sum of its own: nothing depends on the order in which blocks run. And
+// as the number of blocks follows from the tensors alone, every chip adds in the same order.
 template <bool kHasKL, KL kKind>
 __global__ void __launch_bounds__(kThreads)
     gaussian_draws(const __grid_constant__ DrawTable table, const __grid_constant__ GaussianOptions options,

@@ -43,8 +43,8 @@ struct GaussianOptions {
   Prior prior;
 };
 
-// Draws every tensor. One launch takes 453 tensors. Where has_kl, also adds to the kGaussianPartials partial sums of the
-// KL, which are 0 at first.
+// Draws every tensor. One launch takes 453 tensors. Where has_kl, also adds to the kGaussianPartials partial sums of
+// the KL, which are 0 at first.
 constexpr int kGaussianPartials = 8192;
 extern "C" void losssurf_gaussian_weights(const GaussianDraw* tensors, int64_t num_tensors,
                                           const GaussianOptions* options, double* partials, cudaStream_t stream);

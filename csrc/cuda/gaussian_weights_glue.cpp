@@ -1,10 +1,9 @@
-// gaussian_weights.cu as the operators gaussian_weights and gaussian_weights_backward. A list with a float64 tensor takes
-// their reference. Every result has an allocation of its own, as those of curve_glue.cpp.
+// gaussian_weights.cu as the operators gaussian_weights and gaussian_weights_backward. A list with a float64 tensor
+// takes their reference. Every result has an allocation of its own, as those of curve_glue.cpp.
 #include "../gaussian_checks.h"
 
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -18,11 +17,13 @@ namespace {
 
 using at::Tensor;
 
-// Runs the operator's reference on any device: the kernel of every backend that has none of its own, as of this one.
+// Runs the operator's reference, on tensors of any device: it serves each backend without a kernel, this one among them.
 template <class Signature, class... Arguments> auto call_reference(const char* name, Arguments&&... arguments) {
   const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
   return op.redispatch(c10::DispatchKeySet(c10::DispatchKey::Vulkan), std::forward<Arguments>(arguments)...);
 }
+
+Tensor empty(const Tensor& like) { return at::empty(like.sizes(), like.options()); }  // contiguous
 
 GaussianTensors tensors_of(const GaussianEntry& entry, int64_t row, const PriorOf& prior) {
   const Tensor &weight = entry.weight, &scale = entry.scale;
@@ -65,7 +66,7 @@ std::tuple<std::vector<Tensor>, Tensor> gaussian_weights_cuda(at::TensorList wei
   std::vector<Tensor> out;
   std::vector<GaussianDraw> tensors;
   for (size_t i = 0; i < entries.size(); ++i) {
-    out.push_back(at::empty_like(entries[i].like()));
+    out.push_back(empty(entries[i].like()));
     GaussianTensors t = tensors_of(entries[i], row_offset + static_cast<int64_t>(i), prior);
     tensors.push_back({t, out[i].data_ptr()});
     if (t.run == 1 || !prior.of_shared(entries[i])) continue;
@@ -101,7 +102,7 @@ std::vector<Tensor> gaussian_weights_backward_cuda(
   const Tensor grad_kl = grad_kl_in.to(at::kFloat);
   const GaussianResults wanted = gaussian_results(entries, needed);
   std::vector<Tensor> results;
-  for (const Tensor& like : wanted.like) results.push_back(at::empty_like(like));
+  for (const Tensor& like : wanted.like) results.push_back(empty(like));
 
   std::vector<GaussianGradient> tensors;
   std::vector<Tensor> sums;
