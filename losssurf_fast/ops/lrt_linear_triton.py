@@ -108,7 +108,7 @@ def _lrt_linear_kernel(
     mask = (offs_m < M)[:, None] & mask_n[None, :]
     offs = offs_m[:, None] * O + offs_n[None, :]
     tl.store(var_ptr + offs, acc_var.to(OPERAND), mask=mask)
-    eps = tile_normals(seed_ptr, offs_m, start_n, row_offset, first_quad, sample, BLOCK_N)
+    eps = tile_normals(tl.load(seed_ptr), offs_m, start_n, row_offset, first_quad, sample, BLOCK_N)
     alpha = output_alpha(scale_ptr, offs_n[None, :], mask_n[None, :], PARAMETERIZATION)
     y = acc_mean + tl.sqrt(nonnegative(acc_var * alpha) + _EPSILON) * eps
     if bias_ptr is not None:

@@ -152,7 +152,7 @@ def _lrt_sample_kernel(
     var = tl.load(var_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     var *= output_alpha(scale_ptr, feature, mask_feature, ALPHA)
     first_row = row_offset.to(tl.int64) + b * rows_total
-    eps = tile_normals(seed_ptr, offs_m, block_n * BLOCK_N, first_row, first_quad, sample, BLOCK_N)
+    eps = tile_normals(tl.load(seed_ptr), offs_m, block_n * BLOCK_N, first_row, first_quad, sample, BLOCK_N)
     y = tl.sqrt(nonnegative(var) + _EPSILON) * eps
     if mean_ptr is not None:
         y += tl.load(mean_ptr + offs, mask=mask, other=0.0).to(tl.float32)
@@ -254,7 +254,7 @@ def _lrt_sample_backward_kernel(
         if grad_var_ptr is not None or sum_alpha_ptr is not None:
             var = tl.load(var_ptr + offs, mask=mask, other=0.0).to(tl.float32)
             first_row = row_offset.to(tl.int64) + b * rows_total
-            eps = tile_normals(seed_ptr, offs_m, block_n * BLOCK_N, first_row, first_quad, sample, BLOCK_N)
+            eps = tile_normals(tl.load(seed_ptr), offs_m, block_n * BLOCK_N, first_row, first_quad, sample, BLOCK_N)
             # d y / d var = eps / (2 sqrt(var + 1e-16))
             grad_var = grad * eps * 0.5 * tl.rsqrt(nonnegative(var * alpha) + _EPSILON)
             grad_var = tl.where(grad_var > LIMIT, LIMIT, tl.where(grad_var < -LIMIT, -LIMIT, grad_var))
