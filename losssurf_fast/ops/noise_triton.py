@@ -51,10 +51,13 @@ def _minus_two_log(u):
 
 @triton.jit
 def _sqrt_rn(x):
-    """Correctly rounded root of x = 0 and x >= 2^-101: what sqrt.rn is there, without its branch to the other numbers."""
+    """Correctly rounded root of x = 0 and x >= 2^-101.
+
+    These are sqrt.rn's instructions for such x, without the branch to others (SASS of sm_80 to sm_120).
+    """
     inverse = tl.rsqrt(tl.maximum(x, _TWO_TO_MINUS_100))  # finite at 0
     root = x * inverse
-    return tl.fma(tl.fma(-root, root, x), inverse * 0.5, root)
+    return tl.fma(tl.fma(root * -1.0, root, x), inverse * 0.5, root)
 
 
 @triton.jit
@@ -78,7 +81,7 @@ def box_muller(a, b):
 def philox_words(seed, row, quad, sample):
     """Four uint32 blocks of rows ``row`` (int64) and quads ``quad`` (uint32), which broadcast to the block's shape.
 
-    The products of the first two rounds depend on the row alone or on the quad alone, and are taken before broadcasting.
+    The first two rounds multiply what depends on the row or on the quad alone: before broadcasting.
     """
     key0, key1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
     w0, w1, w2, w3 = quad, row.to(tl.uint32), (row >> 32).to(tl.uint32), sample.to(tl.uint32)
@@ -118,9 +121,7 @@ def normal_tile(seed, row, quad, sample, BLOCK_N: tl.constexpr, QUADS: tl.conste
 
 
 @triton.jit
-def tile_normals(
-    seed, offs_m, start_n, row_offset, first_quad, sample, BLOCK_N: tl.constexpr, QUADS: tl.constexpr = 1
-):
+def tile_normals(seed, offs_m, start_n, row_offset, first_quad, sample, BLOCK_N: tl.constexpr, QUADS: tl.constexpr = 1):
     """Noise of local rows ``offs_m`` (int64) and the BLOCK_N columns from tile column ``start_n``, a multiple of 4."""
     quad = (first_quad.to(tl.int64) + start_n // 4).to(tl.uint32)
     return normal_tile(seed, row_offset.to(tl.int64) + offs_m, quad, sample, BLOCK_N, QUADS)

@@ -15,12 +15,13 @@ def cases(arch: int) -> list[Case]:
         grads = {"grad_ptr": t, "var_ptr": t, "scale_ptr": "fp32", "seed_ptr": "i64", "grad_var_ptr": t}
         sums = {"sum_grad_ptr": "fp32", "sum_alpha_ptr": "fp32"}
         for memory_format, tile in FORMATS.items():
-            choices = {**tile, "FORMAT": memory_format, "ALPHA": "neuron"}
+            quads = 2 if t == "bf16" and memory_format != "channels_last" else 1
+            choices = {**tile, "FORMAT": memory_format, "ALPHA": "neuron", "QUADS": quads}
             wide = (2, 1) if t == "bf16" else (4, 2)  # all of the streams
             forward = Case(f"lrt_sample {memory_format} {t}", lrt_sample_triton._lrt_sample_kernel, streams, choices,
                            EXACT, 56, wide_accesses=wide)  # fmt: skip
             backward = Case(f"lrt_sample_backward {memory_format} {t}", lrt_sample_triton._lrt_sample_backward_kernel,
                             grads | sums, choices | {"LIMIT": 3.4e38}, EXACT, 104, wide_accesses=wide)  # fmt: skip
-            ones = {"rows": 1, "cols": 1, "BLOCK_M": 1, "BLOCK_N": 4}
-            found += [forward, backward, sizes_one(forward, **ones), sizes_one(backward, batch=1, **ones)]
+            ones = {"batch": 1, "rows": 1, "cols": 1, "BLOCK_M": 1, "BLOCK_N": 4, "QUADS": 1}
+            found += [forward, backward, sizes_one(forward, **ones), sizes_one(backward, **ones)]
     return found
