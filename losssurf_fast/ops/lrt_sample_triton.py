@@ -106,14 +106,10 @@ def widen(x):
 
 
 @triton.jit
-def standard_deviation(var, alpha):
-    """Root of alpha var + 1e-16; negative sums of squares count as 0, NaN stays."""
-    return tl.sqrt(tl.maximum(tl.fma(var, alpha, _EPSILON), _EPSILON, propagate_nan=tl.PropagateNan.ALL))
-
-
-@triton.jit
-def nonnegative(x):
-    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+def sample_variance(var, alpha, FACTOR: tl.constexpr = 1.0):
+    """``FACTOR`` (alpha var + 1e-16); negative sums of squares count as 0, NaN stays."""
+    least = _EPSILON * FACTOR
+    return tl.maximum(tl.fma(var, alpha * FACTOR, least), least, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -225,7 +221,7 @@ def _lrt_sample_kernel(
             mean = widen(tl.load(mean_ptr + offs, mask=mask, other=0.0))
         first_row = row_offset.to(tl.int64) + b * rows_total
         eps = tile_normals(seed, offs_m, block_n * BLOCK_N, first_row, first_quad, sample, BLOCK_N, QUADS)
-        y = standard_deviation(var, alpha)
+        y = tl.sqrt(sample_variance(var, alpha))
         if mean_ptr is None:
             y = tl.fma(y, eps, bias)
         elif bias_ptr is None:
@@ -317,22 +313,22 @@ def _lrt_sample_backward_kernel(
             offs_n, mask_n = column_offsets(other, cols, SHIFT, BLOCK_N)
         mask = mask_m[:, None] & mask_n[None, :]
         offs = tile_offsets(b, offs_m, offs_n, rows, cols, FORMAT)
-        grad = tl.load(grad_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        grad = widen(tl.load(grad_ptr + offs, mask=mask, other=0.0))
         if sum_grad_ptr is not None:
             acc_grad += grad
         if grad_var_ptr is not None or sum_alpha_ptr is not None:
-            var = tl.load(var_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+            var = widen(tl.load(var_ptr + offs, mask=mask, other=0.0))
             first_row = row_offset.to(tl.int64) + b * rows_total
             eps = tile_normals(seed, offs_m, block_n * BLOCK_N, first_row, first_quad, sample, BLOCK_N, QUADS)
-            # d y / d var = eps / (2 sqrt(var + 1e-16))
-            grad_var = grad * eps * 0.5 * tl.rsqrt(nonnegative(var * alpha) + _EPSILON)
-            grad_var = tl.where(grad_var > LIMIT, LIMIT, tl.where(grad_var < -LIMIT, -LIMIT, grad_var))
-            grad_var += grad - grad  # not finite where grad is not
+            # d y / d var = eps / (2 sqrt(var + 1e-16)) = eps / sqrt(4 (var + 1e-16))
+            grad_var = grad * eps * tl.rsqrt(sample_variance(var, alpha, 4.0))
+            grad_var = tl.clamp(grad_var, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL)
+            grad_var = tl.fma(grad, 0.0, grad_var)  # not finite where grad is not
             grad_var = tl.where(var < 0.0, 0.0, grad_var) * alpha
             if grad_var_ptr is not None:
                 tl.store(grad_var_ptr + offs, grad_var.to(grad_var_ptr.dtype.element_ty), mask=mask)
             if sum_alpha_ptr is not None:
-                acc_alpha += grad_var * var
+                acc_alpha = tl.fma(grad_var, var, acc_alpha)
         b, other = next_tile(b, other, others, FORMAT)
 
     AXIS: tl.constexpr = 0 if FORMAT == "linear" else 1
