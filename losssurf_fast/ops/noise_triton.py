@@ -104,27 +104,28 @@ def _quads(seed, row, quad, sample):
 
 
 @triton.jit
-def normal_tile(seed, row, quad, sample, BLOCK_N: tl.constexpr, QUADS: tl.constexpr):
-    """fp32 normals [BLOCK_M, BLOCK_N] of rows ``row`` [BLOCK_M] from quad ``quad``; a thread has ``QUADS`` neighbours.
+def normal_tile(seed, row, quad, sample, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, QUADS: tl.constexpr = 1):
+    """fp32 normals [BLOCK_M, BLOCK_N] of rows ``row`` [BLOCK_M] and, for each ``quad`` [BLOCK_N / (4 QUADS)], of
+    ``QUADS`` quads from it.
 
-    Two are as many elements as the 16 bytes that a thread loads in half precision, one in fp32: the tile needs no
-    way through shared memory from the threads that draw it to those that use it.
+    A thread draws those. Two have as many elements as the 16 bytes that it loads in half precision, one in fp32: the
+    tile then needs no way through shared memory from the threads that draw it to those that use it.
     """
-    row = row[:, None]
-    quad = (quad + tl.arange(0, BLOCK_N // (4 * QUADS)).to(tl.uint32) * QUADS)[None, :]
+    row, quad = row[:, None], quad[None, :]
     n0, n1, n2, n3 = _quads(seed, row, quad, sample)
     if QUADS == 2:
         m0, m1, m2, m3 = _quads(seed, row, quad + 1, sample)
         n0, n1, n2, n3 = tl.join(n0, m0), tl.join(n1, m1), tl.join(n2, m2), tl.join(n3, m3)
-    quads = tl.join(tl.join(n0, n2), tl.join(n1, n3))  # [BLOCK_M, BLOCK_N / 4 / QUADS, (QUADS,) pair, parity]
-    return tl.reshape(quads, (row.shape[0], BLOCK_N))
+    quads = tl.join(tl.join(n0, n2), tl.join(n1, n3))  # [BLOCK_M, BLOCK_N / (4 QUADS), (QUADS,) pair, parity]
+    return tl.reshape(quads, (BLOCK_M, BLOCK_N))
 
 
 @triton.jit
 def tile_normals(seed, offs_m, start_n, row_offset, first_quad, sample, BLOCK_N: tl.constexpr, QUADS: tl.constexpr = 1):
     """Noise of local rows ``offs_m`` (int64) and the BLOCK_N columns from tile column ``start_n``, a multiple of 4."""
     quad = (first_quad.to(tl.int64) + start_n // 4).to(tl.uint32)
-    return normal_tile(seed, row_offset.to(tl.int64) + offs_m, quad, sample, BLOCK_N, QUADS)
+    quad += tl.arange(0, BLOCK_N // (4 * QUADS)).to(tl.uint32) * QUADS
+    return normal_tile(seed, row_offset.to(tl.int64) + offs_m, quad, sample, offs_m.shape[0], BLOCK_N, QUADS)
 
 
 @triton.jit

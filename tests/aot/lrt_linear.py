@@ -3,7 +3,7 @@
 import torch
 import triton.language as tl
 
-from aot import TYPES, Case, sizes_one
+from aot import TYPES, Case, mma_of, sizes_one
 from losssurf_fast.ops import lrt_linear_backward_triton, lrt_linear_triton
 from losssurf_fast.ops.lrt_operand import operand_dtype
 from losssurf_fast.ops.lrt_strategy import Tile, dual_tile, parameter_tile
@@ -30,7 +30,8 @@ def dual_case(kernel, tile: Tile, x_type, parameter_type, parameterization, **co
     name = f"{kernel.__name__} {parameterization} {x}/{parameter} {tile.block_m}x{tile.block_n}x{tile.block_k}"
     name += f" w{tile.num_warps} s{tile.num_stages}"
     budget = 192 if x_type == torch.bfloat16 else 240  # TF32 operands take twice the registers
-    return Case(name, kernel, pointers, constants, options, budget, dot=True, wide_copies=x_type == torch.bfloat16)
+    mma = mma_of(x_type, tile.block_k, 1 if parameterization == "variance" else 2)
+    return Case(name, kernel, pointers, constants, options, budget, mma=mma, wide_copies=x_type == torch.bfloat16)
 
 
 def cases(arch: int) -> list[Case]:
