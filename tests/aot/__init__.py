@@ -35,10 +35,12 @@ class Case:
     wide_accesses: tuple[int, int] = (0, 0)  # at least so many loads and stores of global memory are of 16 bytes
 
 
-def mma_of(x_type: torch.dtype, block_k: int, dots: int) -> int:
-    """Tensor-core instructions that ``dots`` over BLOCK_K need at least: each takes 32 bytes of a row, fp32 as TF32."""
-    products = 3 if x_type == torch.float32 else 1
-    return dots * products * block_k // (16 if x_type == torch.bfloat16 else 8)
+def mma_of(x_type: torch.dtype, operand: torch.dtype, block_k: int, dots: int) -> int:
+    """Tensor-core instructions for ``dots`` of operands with ``block_k`` in a row, at least: each takes 32 bytes of it.
+
+    Where inputs are fp32 there are three products in TF32.
+    """
+    return dots * (3 if x_type == torch.float32 else 1) * block_k * operand.itemsize // 32
 
 
 def sizes_one(case: Case, **constants) -> Case:

@@ -33,7 +33,7 @@ def instructions(sass: str) -> tuple[list[str], list[str]]:
         elif found := INSTRUCTION.match(line):
             everything.append(found.group(1))
             body.append(found.group(1))
-            if label and len(body) > 1 and body[-1].endswith(f"BRA `({label})"):
+            if label and len(body) > 1 and re.search(rf"\bBRA\S* (?:\S+, )?`\({re.escape(label)}\)", body[-1]):
                 loops += body
     return everything, loops
 

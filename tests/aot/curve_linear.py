@@ -24,8 +24,10 @@ def curve_case(tile: Tile, x_type, bend_type, bends, per_row=False, biases=None,
     name += f"{tile.block_m}x{tile.block_n}x{tile.block_k} w{tile.num_warps} s{tile.num_stages}"
     budget = 240 if x_type == torch.float32 else 192
     kernel = curve_linear_triton._curve_linear_kernel
-    mma, wide_copies = mma_of(x_type, tile.block_k, 1), x_type == torch.bfloat16
-    return Case(name, kernel, pointers, choices | constants, options, budget, mma=mma, wide_copies=wide_copies)
+    dots = bends if per_row else 1
+    mma, drains = mma_of(x_type, x_type, tile.block_k, dots), 3 * dots if x_type == torch.float32 else dots
+    return Case(name, kernel, pointers, choices | constants, options, budget, mma=mma, drains=drains,
+                wide_copies=x_type == torch.bfloat16)  # fmt: skip
 
 
 def cases(arch: int) -> list[Case]:
