@@ -105,13 +105,11 @@ def _quads(seed, row, quad, sample):
 
 @triton.jit
 def normal_tile(seed, row, quad, sample, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, QUADS: tl.constexpr = 1):
-    """fp32 normals [BLOCK_M, BLOCK_N] of rows ``row`` [BLOCK_M] and, for each ``quad`` [BLOCK_N / (4 QUADS)], of
-    ``QUADS`` quads from it.
+    """fp32 normals [BLOCK_M, BLOCK_N] of rows and quads that broadcast to [BLOCK_M, BLOCK_N / (4 QUADS)].
 
-    A thread draws those. Two have as many elements as the 16 bytes that it loads in half precision, one in fp32: the
-    tile then needs no way through shared memory from the threads that draw it to those that use it.
+    A thread draws ``QUADS`` from each quad on. Two have as many elements as the 16 bytes that it loads in half
+    precision, one in fp32: the tile then need not go through shared memory to the threads that use it.
     """
-    row, quad = row[:, None], quad[None, :]
     n0, n1, n2, n3 = _quads(seed, row, quad, sample)
     if QUADS == 2:
         m0, m1, m2, m3 = _quads(seed, row, quad + 1, sample)
@@ -121,11 +119,14 @@ def normal_tile(seed, row, quad, sample, BLOCK_M: tl.constexpr, BLOCK_N: tl.cons
 
 
 @triton.jit
-def tile_normals(seed, offs_m, start_n, row_offset, first_quad, sample, BLOCK_N: tl.constexpr, QUADS: tl.constexpr = 1):
+def tile_normals(
+    seed, offs_m, start_n, row_offset, first_quad, sample, BLOCK_N: tl.constexpr, QUADS: tl.constexpr = 1
+):
     """Noise of local rows ``offs_m`` (int64) and the BLOCK_N columns from tile column ``start_n``, a multiple of 4."""
     quad = (first_quad.to(tl.int64) + start_n // 4).to(tl.uint32)
     quad += tl.arange(0, BLOCK_N // (4 * QUADS)).to(tl.uint32) * QUADS
-    return normal_tile(seed, row_offset.to(tl.int64) + offs_m, quad, sample, offs_m.shape[0], BLOCK_N, QUADS)
+    row = row_offset.to(tl.int64) + offs_m
+    return normal_tile(seed, row[:, None], quad[None, :], sample, offs_m.shape[0], BLOCK_N, QUADS)
 
 
 @triton.jit
