@@ -1,10 +1,16 @@
 """Everything that only a GPU can say, in one command of at most nine minutes: ``python -m benchmarks.gpu_check``.
 
-It builds the package from source, runs the tests that need a GPU, measures every operator beside its baselines and
-looks for the borders between strategies. Each section is a process of its own with a limit of its own: one that fails
-or hangs costs only itself. Measurements go to ``benchmarks/results/``, the record of the check itself to
-``benchmarks/results/checks/``, and a table of the sections is printed last. ``--dry`` runs the same sections on the CPU
-at tiny sizes; it writes nothing to the repository.
+It builds the package from source, runs the tests that need a GPU, measures the machine and every operator beside its
+baselines, and looks for the borders between strategies. Each section has processes of its own and a limit of its own:
+one that fails or hangs costs only itself. Measurements go to ``benchmarks/results/``, line by line, the record of the
+check itself to ``benchmarks/results/checks/``; the table of the measurements is printed last. ``--dry`` runs the same
+sections on the CPU at tiny sizes, with the cases of a GPU; it writes nothing to the repository.
+
+How nine minutes are shared on 16 cores: the build takes four at most (nvcc, file by file in parallel), the tests three
+(dealt out to a process for each core), the borders two. The operators have what the build and the tests leave, and
+leave the borders a good minute: headline cases first, the most important families first among them, then the others. A
+headline case is some seconds of torch.compile and half a second of measuring; lists of hundreds of tensors are not
+compiled by torch.
 """
 
 import argparse
@@ -14,15 +20,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from benchmarks import report, run
+from benchmarks import records, report, run
 
-ROOT = run.ROOT
-CHECKS = report.RESULTS / "checks"
-LAST_LINES = 12  # of a section's output, kept in the record
+ROOT = records.ROOT
+CHECKS = records.RESULTS / "checks"
+LAST_LINES = 12  # of a process's output, kept in the record
+FAILED_LINES = 400  # of one that failed, printed when its section ends
+LAST_CASE = 0.75  # minutes that the case or sweep begun last may take
 
 # ---- sections ------------------------------------------------------------------------------------------------------
 
@@ -30,8 +38,9 @@ LAST_LINES = 12  # of a section's output, kept in the record
 @dataclass(frozen=True)
 class Section:
     name: str
-    command: tuple[str, ...]
+    commands: Callable[[float], Sequence[Sequence[str]]]  # of the minutes that it has; they run side by side
     minutes: float  # the most it may take
+    least: float = 0.0  # what the sections before it leave to it
 
 
 @dataclass
@@ -39,62 +48,95 @@ class Outcome:
     name: str
     status: str  # "ok", "failed" or "too long"
     seconds: float
-    said: list[str]  # the last lines of its output
+    said: list[str]  # the last lines of its output, or of what failed in it
 
 
 def gpu_tests() -> list[str]:
     """Test files that have tests for a GPU, by their text: the mark, or a device chosen by what torch sees."""
-    signs = ("mark.gpu", "needs_gpu", "cuda.is_available()")
+    signs = ("mark.gpu", "needs_gpu", "ON_GPU", "cuda.is_available()")
     files = sorted(ROOT.glob("tests/test_*.py"))
     return [str(f.relative_to(ROOT)) for f in files if any(sign in f.read_text() for sign in signs)]
 
 
-def sections(dry: bool, folder: Path, device: str) -> list[Section]:
-    """``folder`` receives the measurements; what is no measurement of a case goes to its folder of checks."""
+def dealt(files: Sequence[str], hands: int) -> list[list[str]]:
+    """The tests of ``files`` in so many heaps, neighbours in different ones; the files where they cannot be listed.
+
+    Triton compiles about a thousand variants of its kernels for them, each for a second or more of one core.
+    """
+    listing = (sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider", *files)
+    said = subprocess.run(listing, cwd=ROOT, env=environment(), capture_output=True, text=True).stdout
+    tests = [line for line in said.splitlines() if "::" in line] or list(files)
+    return [tests[first::hands] for first in range(min(hands, len(tests)))]
+
+
+def sections(dry: bool, folder: Path, device: str, commit: str | None) -> list[Section]:
+    """``folder`` receives the measurements; what is no measurement of a case goes to its folder of checks.
+
+    Nothing here imports the package, which is yet to be built.
+    """
     out, strategies = folder / f"{device}.jsonl", folder / CHECKS.name / f"{device}-borders.jsonl"
-    python = sys.executable
-    pytest = (python, "-m", "pytest", "-q", "--tb=line", "-p", "no:cacheprovider", *gpu_tests())
-    bench = (python, "-m", "benchmarks.run", "--no-gate", "--out", str(out))
-    borders = (python, "-m", "benchmarks.borders", "--out", str(strategies))
-    if dry:
-        return [
-            Section("build", (python, "-c", "import losssurf_fast"), 1),
-            Section("tests", (*pytest, "--collect-only"), 2),
-            Section("operators", (*bench, "--dry", "--threads", "1", "--only", "noise,lrt"), 5),
-            Section("borders", (*borders, "--dry"), 2),
-        ]
+    python, cores = sys.executable, len(os.sched_getaffinity(0))
+    pytest = ("-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", *(["--collect-only"] if dry else []))
+    build = ("-c", "import losssurf_fast") if dry else ("setup.py", "-q", "build_ext", "--inplace")
+    bench = ("-m", "benchmarks.run", "--no-gate", "--cases", "cuda", "--out", str(out))
+    how = ("--dry", "--threads", "1") if dry else ("--quick", "--device", "cuda")
+    same = ("--commit", commit) if commit else ()
+
+    def tests(_):
+        return [("env", "OMP_NUM_THREADS=1", python, *pytest, *tests) for tests in dealt(gpu_tests(), cores)]
+
+    def until(minutes):  # for what begins nothing that it could not end
+        return "--minutes", f"{max(minutes - LAST_CASE, 0.1):.2f}"
+
+    def operators(minutes):
+        return [(python, *bench, *how, *same, *until(minutes))]
+
+    def borders(minutes):
+        how = ["--dry"] if dry else until(minutes)
+        return [(python, "-m", "benchmarks.borders", "--out", str(strategies), *how, *same)]
+
     return [
-        Section("build", (python, "setup.py", "-q", "build_ext", "--inplace"), 4),
-        Section("tests", pytest, 3),
-        Section("operators", (*bench, "--quick", "--device", "cuda"), 4),
-        Section("borders", borders, 1.5),
+        Section("build", lambda _: [(python, *build)], 4),
+        Section("tests", tests, 3),
+        Section("operators", operators, 7, least=2),
+        Section("borders", borders, 2, least=1.25),
     ]
 
 
-def carry_out(section: Section, deadline: float) -> Outcome:
-    """Run one section until its own limit or the deadline of all, whichever comes first."""
+def carry_out(section: Section, deadline: float, later: float = 0.0) -> Outcome:
+    """Run one section until its own limit or the deadline of all, less ``later`` seconds, whichever comes first."""
     start = time.monotonic()
-    limit = min(60 * section.minutes, deadline - start)
+    limit = min(60 * section.minutes, deadline - later - start)
     if limit <= 0:
         return Outcome(section.name, "too long", 0.0, ["the sections before it took all the time"])
-    with tempfile.TemporaryFile("w+") as log:
-        child = subprocess.Popen(
-            section.command, cwd=ROOT, env=environment(), stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        try:
-            status = "ok" if child.wait(limit) == 0 else "failed"
-        except subprocess.TimeoutExpired:
-            os.killpg(child.pid, 9)  # the compilers and measuring processes that it started, too
-            child.wait()
-            status = "too long"
-        log.seek(0)
-        lines = [line.rstrip() for line in log.read().splitlines() if line.strip()]
-    return Outcome(section.name, status, time.monotonic() - start, lines[-LAST_LINES:])
+    said = {"ok": [], "failed": [], "too long": []}
+    with tempfile.TemporaryDirectory() as logs:
+        children = []
+        for number, command in enumerate(section.commands(limit / 60)):
+            log = (Path(logs) / str(number)).open("w+")
+            children.append((log, subprocess.Popen(
+                command, cwd=ROOT, env=environment(), stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )))  # fmt: skip
+        for log, child in children:
+            try:
+                status = "ok" if child.wait(max(0.0, start + limit - time.monotonic())) == 0 else "failed"
+            except subprocess.TimeoutExpired:
+                os.killpg(child.pid, 9)  # the compilers and measuring processes that it started, too
+                child.wait()
+                status = "too long"
+            with log:
+                log.seek(0)
+                said[status].append([line.rstrip() for line in log.read().splitlines() if line.strip()])
+            if status != "ok":
+                print("\n".join(said[status][-1][-FAILED_LINES:]), file=sys.stderr, flush=True)
+    status = next(name for name in ("failed", "too long", "ok") if said[name])
+    lines = [line for name in ("too long", "failed") for log in said[name] for line in log[-LAST_LINES:]]
+    lines = lines or [line for log in said["ok"] for line in log[-LAST_LINES:]]
+    return Outcome(section.name, status, time.monotonic() - start, lines)
 
 
 def environment() -> dict[str, str]:
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    return os.environ | {"PYTHONPATH": path, "MAX_JOBS": str(len(os.sched_getaffinity(0)))}
+    return run.with_path() | {"MAX_JOBS": str(len(os.sched_getaffinity(0)))}
 
 
 # ---- the check -----------------------------------------------------------------------------------------------------
@@ -109,32 +151,45 @@ def table(outcomes: Sequence[Outcome]) -> str:
     )
 
 
+def lines_of(file: Path, start: int) -> list[dict]:
+    """What was appended to ``file`` since it had ``start`` bytes."""
+    if not file.exists():
+        return []
+    with file.open() as text:
+        text.seek(start)
+        return [json.loads(line) for line in text if line.endswith("\n")]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="gpu_check", description=__doc__.splitlines()[0])
     parser.add_argument("--dry", action="store_true", help="the same sections on the CPU at tiny sizes; writes nothing")
     parser.add_argument("--minutes", type=float, default=9.0, help="the most that all sections may take (default 9)")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where the results go (default benchmarks/results)")
+    parser.add_argument("--commit", help=run.COMMIT_HELP)
     arguments = parser.parse_args(argv)
     import torch
 
     if not arguments.dry and not torch.cuda.is_available():
         parser.error("torch sees no GPU here; --dry runs the same sections on the CPU")
     device = "cpu" if arguments.dry else "cuda"
-    shared = run.origin(device, "dry" if arguments.dry else "quick")
+    shared = run.origin(device, "dry" if arguments.dry else "quick", arguments.commit)
     deadline = time.monotonic() + 60 * arguments.minutes
     with tempfile.TemporaryDirectory() as scratch:
-        folder = arguments.out or (Path(scratch) if arguments.dry else report.RESULTS)
+        folder = arguments.out or (Path(scratch) if arguments.dry else records.RESULTS)
         (folder / CHECKS.name).mkdir(parents=True, exist_ok=True)
-        name = report.slug(shared["device"])
-        outcomes = []
-        for section in sections(arguments.dry, folder, name):
+        name = records.slug(shared["device"])
+        out = folder / f"{name}.jsonl"
+        before = out.stat().st_size if out.exists() else 0
+        listed, outcomes = sections(arguments.dry, folder, name, arguments.commit), []
+        for number, section in enumerate(listed):
             print(f"gpu_check: {section.name} ...", file=sys.stderr, flush=True)
-            outcomes.append(carry_out(section, deadline))
-            if outcomes[-1].status != "ok":
-                print("\n".join(outcomes[-1].said), file=sys.stderr)
+            later = 60 * sum(other.least for other in listed[number + 1 :])
+            outcomes.append(carry_out(section, deadline, later))
         with (folder / CHECKS.name / f"{name}.jsonl").open("a") as file:
             file.write(json.dumps(shared | {"sections": [asdict(outcome) for outcome in outcomes]}) + "\n")
-    print(table(outcomes))
+        measured = lines_of(out, before)
+    borders = [line for outcome in outcomes if outcome.name == "borders" for line in outcome.said]
+    print("\n\n".join(filter(None, (table(outcomes), "\n".join(borders), report.terminal(measured)))))
     return 0 if all(outcome.status == "ok" for outcome in outcomes) else 1
 
 

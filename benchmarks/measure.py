@@ -1,147 +1,36 @@
 """Measures the cases of some families in this process and prints one JSON row per line.
 
 ``benchmarks.run`` starts this module once per thread count, because the environment that pins OpenMP threads must be
-set before torch is loaded. One thread is timed by its own CPU time, so that other processes do not count; several
-threads by the wall clock. Providers take turns, round by round, so that drift of the machine hits them alike; ratios
-are medians over rounds of ratios within a round.
+set before torch is loaded.
 """
 
 import argparse
+import gc
 import itertools
 import json
-import os
-import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
-from torch import nn
-from torch.autograd.graph import _engine_run_backward
-from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from benchmarks import cases as catalogue
 from benchmarks.cases import Case, Setup
-from benchmarks.gemm import mm, onednn
-
-MIN_SAMPLE = 5e-3  # seconds; shorter calls are repeated within a sample
-MAX_GRAPHS = 16  # kept alive at once where only backward is timed
-MIB = 2**20
-
-
-@dataclass(frozen=True)
-class Budget:
-    seconds: float  # per case, after warming up
-    min_rounds: int
-    max_rounds: int
-
-
-FULL, QUICK, DRY = Budget(8.0, 7, 300), Budget(2.5, 5, 100), Budget(0.0, 1, 1)
-BUDGETS = {"full": FULL, "quick": QUICK, "dry": DRY}
-
-# ---- statistics ----------------------------------------------------------------------------------------------------
-
-
-def percentile(values: Sequence[float], q: float) -> float:
-    """Linear interpolation between order statistics, ``q`` in [0, 1]."""
-    ordered = sorted(values)
-    place = q * (len(ordered) - 1)
-    below = int(place)
-    above = min(below + 1, len(ordered) - 1)
-    return ordered[below] + (place - below) * (ordered[above] - ordered[below])
-
-
-def paired_ratio(numerator: Sequence[float], denominator: Sequence[float]) -> float:
-    """Median over rounds of ``numerator / denominator`` within the round."""
-    return statistics.median(n / d for n, d in zip(numerator, denominator, strict=True))
-
-
-# ---- providers -----------------------------------------------------------------------------------------------------
-
-
-class Step:
-    """One provider in one mode: ``forward`` without a graph, ``full`` with one, ``backward`` over ready graphs."""
-
-    def __init__(self, function: Callable, inputs: tuple, mode: str):
-        self.function, self.inputs, self.mode = function, inputs, mode
-        parameters = function.parameters() if isinstance(function, nn.Module) else ()
-        tensors = (t for t in (*tree_leaves(inputs), *parameters) if isinstance(t, torch.Tensor))
-        self.wanted = [t for t in tensors if t.requires_grad]
-        self.grad = None
-
-    def output(self) -> torch.Tensor | Sequence[torch.Tensor]:
-        return self.function(*self.inputs)
-
-    def differentiate(self, output: torch.Tensor | Sequence[torch.Tensor]) -> None:
-        if isinstance(output, torch.Tensor):
-            torch.autograd.grad(output, self.wanted, self.grad, allow_unused=False)
-        else:  # torch.autograd.grad looks at each gradient in Python first, which takes as long as a kernel
-            roots, wanted = tuple(output), tuple(self.wanted)
-            _engine_run_backward(roots, self.grad, False, False, wanted, allow_unreachable=False, accumulate_grad=False)
-
-    def warm_up(self) -> None:
-        """Compiles what has to be compiled and fixes the gradient that backward starts from."""
-        if self.mode != "forward":
-            output = self.output()
-            single = isinstance(output, torch.Tensor)
-            self.grad = torch.randn_like(output) if single else tuple(torch.randn_like(o) for o in output)
-        for _ in range(2):
-            self.sample(time.perf_counter, 1)
-
-    def sample(self, clock: Callable[[], float], repeats: int) -> float:
-        """Seconds per call, over ``repeats`` calls."""
-        if self.mode == "forward":
-            with torch.no_grad():
-                start = clock()
-                for _ in range(repeats):
-                    self.output()
-                return (clock() - start) / repeats
-        if self.mode == "full":
-            start = clock()
-            for _ in range(repeats):
-                self.differentiate(self.output())
-            return (clock() - start) / repeats
-        outputs = [self.output() for _ in range(repeats)]
-        start = clock()
-        for output in outputs:
-            self.differentiate(output)
-        return (clock() - start) / repeats
-
-    def saved_mib(self) -> float:
-        """MiB kept for backward, parameters excluded; views of one storage count once."""
-        parameters = {t.untyped_storage().data_ptr() for t in self.wanted if isinstance(t, nn.Parameter)}
-        kept = []
-
-        def keep(tensor):
-            kept.append(tensor.untyped_storage())  # alive, so that no address is used twice
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            self.output()
-        storages = {storage.data_ptr(): storage.nbytes() for storage in kept}
-        return sum(size for place, size in storages.items() if place not in parameters) / MIB
-
-
-def peak_mib(step: Step, device: torch.device) -> float:
-    """Most memory that one call's tensors hold on ``device`` beyond what was held before it."""
-    if device.type == "cpu":
-        return _peak_on_cpu(lambda: step.sample(time.perf_counter, 1)) / MIB
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    step.sample(time.perf_counter, 1)
-    return (torch.cuda.max_memory_allocated() - before) / MIB
-
-
-def _peak_on_cpu(call: Callable[[], object]) -> int:
-    """Bytes; the profiler sees every allocation and release of torch's allocator, in whatever kernel it is."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler talks to the terminal
-    with torch.autograd.profiler.profile(profile_memory=True) as profiler:
-        call()
-    events = [e for e in profiler.kineto_results.events() if e.name() == "[memory]"]
-    changes = (e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
-    return max(itertools.accumulate(changes), default=0)
+from benchmarks.machine import measure_machine
+from benchmarks.timing import (
+    BUDGETS,
+    DRY,
+    QUICK,
+    Budget,
+    Step,
+    empty_figures,
+    first_line,
+    paired_ratio,
+    peak_mib,
+    speed,
+    time_steps,
+)
 
 
 def make_step(name: str, setup: Setup, mode: str, backend: str) -> Step:
@@ -153,57 +42,29 @@ def make_step(name: str, setup: Setup, mode: str, backend: str) -> Step:
     return Step(function, setup.inputs, mode)
 
 
-# ---- timing --------------------------------------------------------------------------------------------------------
+def measure(
+    case: Case, budget: Budget, threads: int, device: torch.device, device_type: str | None = None
+) -> list[dict]:
+    """Rows of one case, one per provider; a provider that fails gives a row with its reason in ``error``.
 
-
-def time_cpu(steps: dict[str, Step], budget: Budget, threads: int) -> dict[str, list[float]]:
-    """Seconds per call of every step, one value per round; steps take turns within a round."""
-    clock = time.thread_time if threads == 1 else time.perf_counter
-    repeats = {}
-    for name, step in steps.items():
-        quick = min(step.sample(time.perf_counter, 1) for _ in range(2 if budget.max_rounds > 1 else 1))
-        limit = MAX_GRAPHS if step.mode == "backward" else 10_000
-        repeats[name] = max(1, min(limit, round(MIN_SAMPLE / quick))) if budget.max_rounds > 1 else 1
-    times = {name: [] for name in steps}
-    end = time.perf_counter() + budget.seconds
-    for done in range(budget.max_rounds):
-        if done >= budget.min_rounds and time.perf_counter() > end:
-            break
-        for name, step in steps.items():
-            if repeats[name] > 1:
-                step.sample(clock, 1)  # what the step before left in the caches is not this one's business
-            times[name].append(step.sample(clock, repeats[name]))
-    return times
-
-
-def time_gpu(steps: dict[str, Step], budget: Budget) -> dict[str, list[float]]:
-    """As :func:`time_cpu` with CUDA events and a cold L2 cache; steps run one after the other, as do_bench does it."""
-    from triton.testing import do_bench
-
-    times = {}
-    for name, step in steps.items():
-        if step.mode == "backward":
-            output = step.output()
-            call = lambda step=step, output=output: torch.autograd.grad(
-                output, step.wanted, step.grad, retain_graph=True
-            )
-        else:
-            call = lambda step=step: step.sample(time.perf_counter, 1)
-        times[name] = [ms / 1e3 for ms in do_bench(call, rep=1e3 * budget.seconds / len(steps), return_mode="all")]
-    rounds = min(map(len, times.values()))
-    return {name: values[:rounds] for name, values in times.items()}
-
-
-def measure(case: Case, budget: Budget, threads: int, device: torch.device) -> list[dict]:
-    """Rows of one case, one per provider; a provider that fails gives a row with its reason in ``error``."""
+    ``device_type`` is that of the case's catalogue, by default the device's. A case whose inputs cannot be made gives
+    one row, of "ours".
+    """
+    device_type = device_type or device.type
     torch._dynamo.reset()  # else later shapes of one function hit the recompile limit and run uncompiled
     head = {
         "op": case.op, "variant": case.variant, "mode": case.mode, "dtype": case.dtype, "shape": list(case.shape),
         "threads": threads,
     }  # fmt: skip
     backend = "aot_eager" if budget is DRY else "inductor"
-    setup, steps, errors, saved = case.setup(device), {}, {}, {}
+    try:
+        setup = case.setup(device)
+    except Exception as error:
+        return [head | {"provider": "ours"} | empty_figures(first_line(error))]
+    steps, errors, saved = {}, {}, {}
     for name in (*setup.providers, "floor"):
+        if name == "compiled" and not case.compiles:
+            continue
         try:
             step = make_step(name, setup, case.mode, backend)
             step.warm_up()
@@ -211,13 +72,13 @@ def measure(case: Case, budget: Budget, threads: int, device: torch.device) -> l
                 saved[name] = step.saved_mib()
             steps[name] = step
         except Exception as error:
-            errors[name] = f"{type(error).__name__}: {error}".splitlines()[0]
-    peaks = {}
-    if device.type == "cuda":
-        peaks = {name: peak_mib(step, device) for name, step in steps.items()}
-        times = time_gpu(steps, budget)
-    else:
-        times = time_cpu(steps, budget, threads)
+            errors[name] = first_line(error)
+    try:
+        peaks = {name: peak_mib(step, device) for name, step in steps.items()} if device_type == "cuda" else {}
+        times = time_steps(steps, budget, threads, device, device_type)
+    except Exception as error:  # a GPU's error may show here, whichever provider caused it
+        errors |= dict.fromkeys(steps, first_line(error))
+        peaks, times = {}, {}
     rows = [head | {"provider": name} | empty_figures(reason) for name, reason in errors.items()]
     for name, values in times.items():
         rows.append(head | {"provider": name} | empty_figures(None) | speed(values, case.bytes, case.flops) | {
@@ -229,60 +90,23 @@ def measure(case: Case, budget: Budget, threads: int, device: torch.device) -> l
     return rows
 
 
-def speed(values: Sequence[float], moved: int, flops: int) -> dict:
-    median = statistics.median(values)
-    return {
-        "rounds": len(values),
-        "median_ms": 1e3 * median,
-        "p20_ms": 1e3 * percentile(values, 0.2),
-        "p80_ms": 1e3 * percentile(values, 0.8),
-        "gbps": moved / median / 1e9,
-        "gflops": flops / median / 1e9,
-    }
+def chosen_cases(families: Sequence[str], budget: Budget, device_type: str, in_time: bool) -> list[tuple[str, Case]]:
+    """What is measured, in order; headlines and important families first where the time may not be enough for all."""
+    chosen = [(f, case) for f in families for case in catalogue.load(f, budget is DRY, device_type)]
+    if in_time:
+        place = dict(zip(catalogue.IMPORTANT, itertools.count()))
+        return sorted(chosen, key=lambda pair: (not pair[1].headline, place.get(pair[0], len(place))))
+    return [(f, case) for f, case in chosen if budget is not QUICK or case.headline]
 
 
-FIGURES = (
-    "rounds", "median_ms", "p20_ms", "p80_ms", "gbps", "gflops", "over_ours", "floor_percent", "saved_mib", "peak_mib",
-)  # fmt: skip
-
-
-def empty_figures(error: str | None) -> dict:
-    return dict.fromkeys(FIGURES) | {"error": error}
-
-
-# ---- the machine ---------------------------------------------------------------------------------------------------
-
-
-def measure_machine(budget: Budget, threads: int, device: torch.device) -> list[dict]:
-    """Rows of what this machine can do at most: bandwidth of memory, rates of the library's GEMMs."""
-    tiny = budget is DRY
-    size, (m, n, k) = (2**10, (4, 3, 5)) if tiny else (2**24, (512, 4096, 1024))
-    source, target = torch.ones(size, device=device), torch.empty(size, device=device)
-    work = {
-        ("copy", "fp32"): (lambda: target.copy_(source), (size,), 8 * size, 0),
-        ("read", "fp32"): (lambda: source.sum(), (size,), 4 * size, 0),
-        ("fill", "fp32"): (lambda: target.fill_(1.0), (size,), 4 * size, 0),
-    }
-    for dtype in ("fp32", "bf16"):
-        a = torch.randn(m, k, device=device).to(catalogue.dtype_of(dtype))
-        b = torch.randn(n, k, device=device).to(a.dtype)
-        for product in (mm, onednn) if device.type == "cpu" else (mm,):
-            call = lambda product=product, a=a, b=b: product(a, b.t())
-            traffic = a.element_size() * (m * k + n * k + m * n)
-            work[f"gemm {product.__name__}", dtype] = (call, (m, n, k), traffic, 2 * m * n * k)
-    steps = {key: Step(call, (), "forward") for key, (call, *_) in work.items()}
-    for step in steps.values():
-        step.warm_up()
-    times = time_gpu(steps, budget) if device.type == "cuda" else time_cpu(steps, budget, threads)
-    rows = []
-    for (provider, dtype), values in times.items():
-        _, shape, moved, flops = work[provider, dtype]
-        head = {
-            "family": "machine", "op": "machine", "variant": "", "mode": "forward", "dtype": dtype,
-            "shape": list(shape), "threads": threads, "provider": provider,
-        }  # fmt: skip
-        rows.append(head | empty_figures(None) | speed(values, moved, flops))
-    return rows
+def is_lost(device: torch.device) -> bool:
+    """Whether an earlier error left a GPU useless to this process, as an illegal access does."""
+    if device.type == "cuda":
+        try:
+            torch.cuda.synchronize(device)
+        except RuntimeError:
+            return True
+    return False
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -291,8 +115,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--budget", choices=BUDGETS, required=True)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--cases", choices=catalogue.DEVICE_TYPES, help="those for this device type; else the device's")
+    parser.add_argument("--first", type=int, default=0, help="the number of the case to begin with")
+    parser.add_argument("--until", type=float, help="begin no case after this time, in seconds since the epoch")
     arguments = parser.parse_args(argv)
     budget, device = BUDGETS[arguments.budget], torch.device(arguments.device)
+    device_type = arguments.cases or device.type
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
 
@@ -300,17 +128,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         for row in rows:
             print(json.dumps(row), flush=True)
 
-    emit(measure_machine(budget, arguments.threads, device))
-    chosen = [
-        (family, case)
-        for family in arguments.families.split(",")
-        for case in catalogue.load(family, tiny=budget is DRY)
-        if budget is not QUICK or case.headline
-    ]
-    bar = tqdm(chosen, desc=f"{arguments.threads} thread(s)", unit="case", file=sys.stderr)
-    for family, case in bar:
+    if arguments.first == 0:
+        emit(measure_machine(budget, arguments.threads, device, device_type))
+    until = arguments.until
+    chosen = chosen_cases(arguments.families.split(","), budget, device_type, in_time=until is not None)
+    bar = tqdm(chosen[arguments.first :], desc=f"{arguments.threads} thread(s)", unit="case", file=sys.stderr)
+    for number, (family, case) in enumerate(bar, arguments.first):
+        if until is not None and time.time() > until:
+            print(f"out of time: {len(chosen) - number} of {len(chosen)} cases are not measured", file=sys.stderr)
+            break
         bar.set_postfix_str(str(case))
-        emit({"family": family} | row for row in measure(case, budget, arguments.threads, device))
+        emit({"family": family} | row for row in measure(case, budget, arguments.threads, device, device_type))
+        if is_lost(device):
+            emit([{"next": number + 1}])  # in a process that can use the GPU
+            break
+        if device.type == "cuda":
+            gc.collect()  # what autograd and compiled functions hold in cycles would be the next case's memory
+            torch.cuda.empty_cache()
     return 0
 
 

@@ -5,77 +5,61 @@ Measures nothing.
 For every device and family the newest run counts that measured a committed tree; full runs go before quick ones.
 ``speedup`` is over the strongest baseline of the row (eager, torch.compile, the library), ``target`` over eager, both
 as medians of ratios within a round; ``floor`` is the share of the speed that the bare GEMMs or one pass over the bytes
-reach, measured in the same rounds.
+reach, measured in the same rounds. Of a GPU's cases, whose targets are of several kinds, the ratios to every baseline
+are shown, the share of what the machine copies, and memory. A case of a GPU without a row is "not measured".
 """
 
 import argparse
-import json
-import math
-import re
 import sys
-from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import cases as catalogue
 from benchmarks.cases import BASELINES
+from benchmarks.pictures import MODE, drawable, pictures
+from benchmarks.records import (
+    RESULTS,
+    ROOT,
+    case_key,
+    copy_rate,
+    device_type,
+    grouped,
+    known_case,
+    known_cases,
+    newest,
+    rate_unit,
+    read,
+    speedup,
+)
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
 README, PERFORMANCE = ROOT / "README.md", ROOT / "docs" / "performance.md"
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 HEADER = ("operator", "shape", "dtype", "mode", "eager", "compiled", "torch", "ours", "speedup", "target", "floor")
 LEGEND = "speedup: over the fastest of eager, compiled, torch. target: over eager. floor: share of the floor's speed."
-MODE = {"forward": "fwd", "backward": "bwd", "full": "fwd+bwd"}
+GPU_HEADER = (
+    "operator", "shape", "dtype", "mode", "ms", "/eager", "/compiled", "/torch", "floor", "copy", "MiB", "of eager's",
+    "targets",
+)  # fmt: skip
+GPU_LEGEND = (
+    "/eager, /compiled, /torch: their times over ours. floor: share of the floor's speed. copy: bytes a second, as a "
+    "share of the machine's copy. MiB: the most that a call holds, and as a share of eager's."
+)
 
 PERFORMANCE_HEAD = """# Every measurement
 
 Written by `python -m benchmarks.report --readme` from `benchmarks/results/`. Each row is one run on one machine, ours
-and the baselines in turns; losing shapes stay. What no run has measured is not here: of GPUs see
-[gpu-status.md](gpu-status.md). `make bench` measures your machine."""
+and the baselines in turns; losing shapes stay. What no run has measured is called so; no number here is a model's.
+`make bench` measures your machine, `python -m benchmarks.gpu_check` a GPU."""
 
-# ---- choosing rows -------------------------------------------------------------------------------------------------
-# The same in every picture.
-COLORS = {"eager": "C0", "compiled": "C1", "torch": "C2", "ours": "C3", "floor": "black"}
+ROOFLINES = """## Time against size
 
-
-def read(folder: Path = RESULTS) -> list[dict]:
-    return [json.loads(line) for path in sorted(folder.glob("*.jsonl")) for line in path.read_text().splitlines()]
-
-
-def newest(rows: Sequence[dict]) -> list[dict]:
-    """Rows of the newest clean run of every device and family, full runs first."""
-    rank = lambda row: (row["budget"] == "full", row["date"])
-    best = {}
-    clean = [row for row in rows if not row["dirty"] and row["budget"] != "dry"]
-    for row in clean:
-        key = row["device"], row["family"]
-        best[key] = max(best.get(key, rank(row)), rank(row))
-    return [row for row in clean if rank(row) == best[row["device"], row["family"]]]
-
-
-def case_key(row: dict) -> tuple:
-    return row["op"], row["variant"], tuple(row["shape"]), row["dtype"], row["mode"]
-
-
-def grouped(rows: Sequence[dict], key) -> dict:
-    groups = defaultdict(list)
-    for row in rows:
-        groups[key(row)].append(row)
-    return dict(groups)
-
-
-def known_cases(families) -> dict[tuple, catalogue.Case]:
-    return {case.key: case for family in catalogue.families() if family in families for case in catalogue.load(family)}
-
+A picture for each device and family. The grey lines are ceilings that the machine itself measured: the case's bytes
+at the speed of a copy, its operations at the rate of the library's fastest GEMM. A call can be below the first where
+caches hold its data, or where it writes to what it has read: a copy on a CPU also fetches what it overwrites. The
+dotted line is the floor: the bare GEMMs, or one pass over the bytes, measured in the same rounds. A ring marks a case
+where a baseline is faster than ours."""
 
 # ---- lines of a table ----------------------------------------------------------------------------------------------
-
-
-def speedup(providers: dict[str, dict]) -> float | None:
-    """Of ours over the strongest baseline."""
-    ratios = [providers[name]["over_ours"] for name in BASELINES if name in providers]
-    return min((ratio for ratio in ratios if ratio is not None), default=None)
 
 
 def milliseconds(row: dict | None) -> str:
@@ -109,8 +93,8 @@ def line(key: tuple, rows: Sequence[dict], case: catalogue.Case | None) -> tuple
 def saved_lines(rows: Sequence[dict], known: dict) -> list[tuple[str, ...]]:
     """Memory kept for backward, where a case has a target for it."""
     lines = []
-    for key, group in grouped(rows, case_key).items():
-        case = known.get(key)
+    for group in grouped(rows, case_key).values():
+        case = known_case(known, group[0])
         saved = {row["provider"]: row["saved_mib"] for row in group}
         if case is None or case.saved_target is None or not (saved.get("eager") and saved.get("ours")):
             continue
@@ -123,15 +107,65 @@ def saved_lines(rows: Sequence[dict], known: dict) -> list[tuple[str, ...]]:
     return lines
 
 
+def targets(case: catalogue.Case | None, providers: dict[str, dict], copied: float | None) -> list[tuple[str, bool]]:
+    """A GPU case's targets in words, each with whether it was met; what was not measured does not meet any."""
+    if case is None:
+        return []
+    ours, eager = providers.get("ours", {}), providers.get("eager", {})
+    share = of_copy(ours, copied)
+    reached = [
+        ("eager", case.targets.get(1), eager.get("over_ours"), "x"),
+        ("compiled", case.compiled_target, providers.get("compiled", {}).get("over_ours"), "x"),
+        ("copy", case.copy_target, share, "%"),
+    ]
+    words = lambda target, unit: f"{target:g}x" if unit == "x" else f"{target:.0%}"
+    met = [
+        (f"{name} {words(target, unit)}", value is not None and value >= target)
+        for name, target, value, unit in reached
+        if target is not None
+    ]
+    if case.peak_target is not None:
+        peak = peak_share(ours, eager)
+        met.append((f"memory {case.peak_target:.0%}", peak is not None and peak <= case.peak_target))
+    return met
+
+
+def of_copy(ours: dict, copied: float | None) -> float | None:
+    return ours["gbps"] / copied if ours.get("gbps") and copied else None
+
+
+def peak_share(ours: dict, eager: dict) -> float | None:
+    return ours["peak_mib"] / eager["peak_mib"] if ours.get("peak_mib") is not None and eager.get("peak_mib") else None
+
+
+def gpu_line(key: tuple, rows: Sequence[dict], case: catalogue.Case | None, copied: float | None) -> tuple[str, ...]:
+    op, variant, shape, dtype, mode = key
+    providers = {row["provider"]: row for row in rows}
+    ours, eager = providers.get("ours", {}), providers.get("eager", {})
+    number = lambda value, form: "-" if value is None else form.format(value)
+    return (
+        " ".join(filter(None, (op, variant))),
+        "x".join(map(str, shape)),
+        dtype,
+        MODE[mode],
+        milliseconds(ours or None),
+        *(number(providers.get(name, {}).get("over_ours"), "{:.2f}x") for name in BASELINES),
+        number(ours.get("floor_percent"), "{:.0f}%"),
+        number(of_copy(ours, copied), "{:.0%}"),
+        number(ours.get("peak_mib"), "{:.0f}"),
+        number(peak_share(ours, eager), "{:.0%}"),
+        ", ".join(text + ("" if met else " missed") for text, met in targets(case, providers, copied)) or "-",
+    )
+
+
 def machine_line(rows: Sequence[dict]) -> str:
     """What the machine itself reached in the run."""
+    rows = [row for row in rows if not row["error"]]
     memory = [f"{row['provider']} {row['gbps']:.0f}" for row in rows if row["provider"] in ("copy", "read", "fill")]
-    gemms = [
-        f"{row['provider'].removeprefix('gemm ')} {row['dtype']} {row['gflops']:.0f}"
-        for row in rows
-        if row["provider"].startswith("gemm")
-    ]
-    return f"Memory {', '.join(memory)} GB/s; GEMM {', '.join(gemms)} GFLOP/s."
+    products = [row for row in rows if row["provider"].startswith("gemm")]
+    divisor, unit = rate_unit([row["gflops"] for row in products])
+    gemms = [f"{r['provider'].removeprefix('gemm ')} {r['dtype']} {r['gflops'] / divisor:.0f}" for r in products]
+    return f"Memory {', '.join(memory)} GB/s; GEMM {', '.join(gemms)} {unit}."
 
 
 # ---- documents -----------------------------------------------------------------------------------------------------
@@ -150,17 +184,22 @@ def sections(rows: Sequence[dict], table) -> str:
         for row in measured:
             if row["threads"] is None:
                 parts.append(f"{row['family']}: not measured, {row['error']}.")
-        known = known_cases({row["family"] for row in measured})
+        known = known_cases(measured)
         timed = [row for row in measured if row["threads"] is not None]
-        for threads, group in grouped(timed, lambda row: row["threads"]).items():
+        kinds = grouped(timed, lambda row: (device_type(row), row["threads"]))
+        for (kind, threads), group in kinds.items():
             clock = "1 thread, CPU time" if threads == 1 else f"{threads} pinned threads, wall time"
+            clock = "GPU time" if kind == "cuda" else clock
             machine = [row for row in of_device if row["family"] == "machine" and row["threads"] == threads]
             parts.append(f"**{clock}.** {machine_line(machine)}" if machine else f"**{clock}.**")
             for of_family in grouped(group, lambda row: row["family"]).values():
-                lines = [line(key, rows, known.get(key)) for key, rows in grouped(of_family, case_key).items()]
-                parts.append(table(HEADER, lines))
-        if timed:
-            parts.append(LEGEND)
+                cases = [(key, rows, known_case(known, rows[0])) for key, rows in grouped(of_family, case_key).items()]
+                if kind == "cuda":
+                    copied = copy_rate(machine)
+                    parts.append(table(GPU_HEADER, [gpu_line(*case, copied) for case in cases]))
+                else:
+                    parts.append(table(HEADER, [line(*case) for case in cases]))
+        parts += [{"cpu": LEGEND, "cuda": GPU_LEGEND}[kind] for kind in sorted({kind for kind, _ in kinds})]
         failed = [row for row in timed if row["error"]]
         if failed:
             parts.append(
@@ -190,24 +229,53 @@ def plain_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     )
 
 
+def unmeasured(rows: Sequence[dict], device: str | None) -> list[tuple[str, ...]]:
+    """Lines of a GPU's cases that have no row of ``device``."""
+    seen = {case_key(row) for row in rows if device_type(row) == "cuda" and row["device"] == device}
+    return [
+        (
+            " ".join(filter(None, (case.op, case.variant))),
+            "x".join(map(str, case.shape)),
+            case.dtype,
+            MODE[case.mode],
+            ", ".join(text for text, _ in targets(case, {}, None)) or "-",
+            "not measured",
+        )
+        for family in catalogue.families()
+        for case in catalogue.load(family, device_type="cuda")
+        if case.key not in seen
+    ]
+
+
+def unmeasured_section(rows: Sequence[dict]) -> str:
+    """What no GPU has said yet, for every GPU that has said something, or for any."""
+    gpus = list(dict.fromkeys(row["device"] for row in rows if device_type(row) == "cuda"))
+    parts = ["## Not measured on a GPU"] if gpus else ["## Not measured on a GPU", "No GPU has been measured yet."]
+    for device in gpus or [None]:
+        lines = unmeasured(rows, device)
+        if lines:
+            parts += [f"{device}:"] if device else []
+            parts.append(markdown_table(("operator", "shape", "dtype", "mode", "targets", "measured"), lines))
+    return "\n\n".join(parts) if len(parts) > 1 else ""
+
+
 def performance_page(rows: Sequence[dict]) -> str:
-    """docs/performance.md: every row and the pictures."""
+    """docs/performance.md: every row, what has none, and the pictures."""
     images = [f"![{Path(file).stem}](../benchmarks/results/{file})" for file in drawable(rows)]
-    return "\n\n".join([PERFORMANCE_HEAD, sections(rows, markdown_table), *images]) + "\n"
+    parts = [PERFORMANCE_HEAD, sections(rows, markdown_table), unmeasured_section(rows), ROOFLINES, *images]
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
 def headlines(rows: Sequence[dict]) -> str:
     """README.md: of each device the headline cases, on one thread where threads count."""
-    known = known_cases({row["family"] for row in rows} - {"machine"})
+    known = known_cases(rows)
+    headline = lambda case: case is not None and case.headline
     chosen = [
-        row for row in rows if row["threads"] in (None, 1) and (row["family"] == "machine" or _is_headline(known, row))
+        row
+        for row in rows
+        if row["threads"] in (None, 1) and (row["family"] == "machine" or headline(known_case(known, row)))
     ]
     return sections(chosen, markdown_table)
-
-
-def _is_headline(known: dict, row: dict) -> bool:
-    case = known.get(case_key(row))
-    return case is not None and case.headline
 
 
 def terminal(rows: Sequence[dict]) -> str:
@@ -228,54 +296,6 @@ def readme_section(text: str) -> str:
 def with_section(text: str, section: str) -> str:
     readme_section(text)  # checks the markers
     return text[: text.index(BEGIN) + len(BEGIN)] + f"\n{section}\n" + text[text.index(END) :]
-
-
-def pictures(rows: Sequence[dict], folder: Path) -> list[Path]:
-    """One SVG per device and family: time against size at one thread (or on the GPU), with the floor."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    written = []
-    for file, (device, series) in drawable(rows).items():
-        # Text stays text, and the same rows give the same file.
-        with matplotlib.rc_context({"svg.hashsalt": "losssurf_fast", "svg.fonttype": "none"}):
-            figure, axes = pyplot.subplots(1, len(series), figsize=(4.2 * len(series), 3.6), squeeze=False)
-            for axis, (key, members) in zip(axes[0], series.items(), strict=True):
-                draw(axis, key, members)
-            figure.suptitle(device, fontsize=9)
-            figure.tight_layout()
-            figure.savefig(folder / file, metadata={"Date": None})
-            pyplot.close(figure)
-        written.append(folder / file)
-    return written
-
-
-def drawable(rows: Sequence[dict]) -> dict[str, tuple[str, dict]]:
-    """File name -> (device, series): what was measured at more than one size."""
-    found = {}
-    timed = [row for row in rows if row["threads"] == 1 and row["family"] != "machine" and not row["error"]]
-    for (device, family), group in grouped(timed, lambda row: (row["device"], row["family"])).items():
-        series = grouped(group, lambda row: (row["op"], row["variant"], row["dtype"], row["mode"]))
-        series = {key: rows for key, rows in series.items() if len({tuple(row["shape"]) for row in rows}) > 1}
-        if series:
-            found[f"{slug(device)}-{family}.svg"] = device, series
-    return found
-
-
-def slug(device: str) -> str:
-    """A device's name as part of a file's."""
-    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
-
-
-def draw(axis, key: tuple, rows: Sequence[dict]) -> None:
-    for provider, points in grouped(rows, lambda row: row["provider"]).items():
-        points = sorted((math.prod(row["shape"]), row["median_ms"]) for row in points)
-        style = {"linestyle": ":"} if provider == "floor" else {"marker": "o"}
-        axis.loglog(*zip(*points, strict=True), label=provider, color=COLORS[provider], **style)
-    axis.set(title=" ".join(filter(None, (*key[:3], MODE[key[3]]))), xlabel="product of sizes", ylabel="ms")
-    axis.legend(fontsize=8)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -11,17 +11,20 @@ import platform
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from benchmarks import cases, report
-from benchmarks.measure import empty_figures
+from benchmarks.records import RESULTS, ROOT, slug
+from benchmarks.timing import empty_figures
 
-ROOT = Path(__file__).resolve().parent.parent
 # A run writes these itself, they do not make its figures unclean.
 WRITTEN_BY_BENCHMARKS = ("benchmarks/results", "README.md", "docs/performance.md")
+
+COMMIT_HELP = "the commit that this tree is a clean copy of, where there is no git to ask"
 
 # ---- what a row says about its origin ------------------------------------------------------------------------------
 
@@ -62,13 +65,16 @@ def _git(*arguments: str) -> str | None:
         return None
 
 
-def origin(device: str, budget: str) -> dict:
-    """The fields that all rows of a run share."""
+def origin(device: str, budget: str, commit: str | None = None) -> dict:
+    """The fields that all rows of a run share; ``commit`` counts where git does not know."""
     changes = _git("status", "--porcelain", "--", ".", *(f":!{path}" for path in WRITTEN_BY_BENCHMARKS))
+    head = _git("rev-parse", "HEAD")
+    if head is None and commit is not None:
+        head, changes = commit, ""
     return {
         "device": describe_device(device),
         "torch": _version("torch"), "triton": _version("triton"), "numpy": _version("numpy"),
-        "commit": _git("rev-parse", "HEAD"),
+        "commit": head,
         "dirty": changes is None or changes != "",
         "budget": budget,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -78,10 +84,15 @@ def origin(device: str, budget: str) -> dict:
 # ---- the run -------------------------------------------------------------------------------------------------------
 
 
+def with_path() -> dict[str, str]:
+    """This process's environment, with the repository where Python looks for modules."""
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
+
+
 def environment(threads: int) -> dict[str, str]:
     """Environment of a measuring process: one pinned core per thread, set before torch is loaded."""
     cores = sorted(os.sched_getaffinity(0))[:threads]
-    return os.environ | {
+    return with_path() | {
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
         "GOMP_CPU_AFFINITY": " ".join(map(str, cores)),
@@ -89,7 +100,6 @@ def environment(threads: int) -> dict[str, str]:
         # pays page faults, and on virtual machines they cost more than the arithmetic.
         "MALLOC_MMAP_MAX_": "0",
         "MALLOC_TRIM_THRESHOLD_": str(2**40),
-        "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
     }
 
 
@@ -114,20 +124,32 @@ def gate_row(family: str, reason: str) -> dict:
     return {"family": family} | blank | empty_figures(reason)
 
 
-def measure(families: Sequence[str], threads: int, budget: str, device: str):
-    """Rows of ``benchmarks.measure`` in a process of its own.
+def measure(families: Sequence[str], threads: int, budget: str, device: str, device_type: str, minutes: float | None):
+    """Rows of ``benchmarks.measure`` in a process of its own; in another one after a case that broke its GPU.
 
     Raises:
         RuntimeError: that process failed as a whole.
     """
     command = [
         sys.executable, "-m", "benchmarks.measure", "--families", ",".join(families),
-        "--threads", str(threads), "--budget", budget, "--device", device,
+        "--threads", str(threads), "--budget", budget, "--device", device, "--cases", device_type,
     ]  # fmt: skip
-    with subprocess.Popen(command, cwd=ROOT, env=environment(threads), stdout=subprocess.PIPE, text=True) as child:
-        yield from map(json.loads, child.stdout)
-    if child.returncode:
-        raise RuntimeError(f"benchmarks: measuring with {threads} thread(s) ended with status {child.returncode}")
+    if minutes is not None:
+        command += ["--until", str(time.time() + 60 * minutes)]
+    # On a GPU nothing is pinned: the processes in which torch.compile compiles would share the one core.
+    where = environment(threads) if device == "cpu" else with_path()
+    first = 0
+    while first is not None:
+        started = [*command, "--first", str(first)]
+        first = None
+        with subprocess.Popen(started, cwd=ROOT, env=where, stdout=subprocess.PIPE, text=True) as child:
+            for row in map(json.loads, child.stdout):
+                if "next" in row:
+                    first = row["next"]
+                else:
+                    yield row
+        if child.returncode:
+            raise RuntimeError(f"benchmarks: measuring with {threads} thread(s) ended with status {child.returncode}")
 
 
 def _device(text: str) -> str:
@@ -147,9 +169,17 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dry", action="store_true", help="every case at a tiny size, one round: checks, not figures")
     parser.add_argument("--threads", default="1,2", metavar="N,...", help="thread counts to measure (default 1,2)")
     parser.add_argument("--device", type=_device, default="cpu", help="cpu (default) or cuda")
+    parser.add_argument(
+        "--cases", choices=cases.DEVICE_TYPES, help="those for this device type; by default the device's"
+    )
+    parser.add_argument("--minutes", type=float, help="all cases, headlines first, none begun after so many minutes")
     parser.add_argument("--out", type=Path, metavar="FILE", help="JSON lines to append to; by default the machine's")
+    parser.add_argument("--commit", help=COMMIT_HELP)
     parser.add_argument("--no-gate", action="store_true", help="do not run the family's tests first")
     arguments = parser.parse_args(argv)
+    arguments.cases = arguments.cases or arguments.device.partition(":")[0]
+    if arguments.cases == "cuda" and arguments.device == "cpu" and not arguments.dry:
+        parser.error("--cases cuda needs --device cuda; on a CPU it is for --dry alone, whose rows are no figures")
     counts = arguments.threads.split(",")
     if not all(n.isdecimal() and int(n) > 0 for n in counts):
         parser.error(f"--threads must be positive whole numbers separated by commas, got {arguments.threads!r}")
@@ -170,28 +200,33 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
     budget = "dry" if arguments.dry else "quick" if arguments.quick else "full"
-    shared = origin(arguments.device, budget)
-    cores = len(os.sched_getaffinity(0))
+    shared = origin(arguments.device, budget, arguments.commit) | {"cases": arguments.cases}
+    out = arguments.out or (None if arguments.dry else RESULTS / f"{slug(shared['device'])}.jsonl")
     rows = []
-    reasons = {} if arguments.no_gate or arguments.dry else {f: gate(f) for f in arguments.families}
-    rows += [gate_row(family, reason) for family, reason in reasons.items() if reason]
-    green = [family for family in arguments.families if not reasons.get(family)]
-    for threads in arguments.threads if arguments.device == "cpu" else (1,):
-        if threads > cores:
-            print(f"bench: {threads} threads are not measured, {cores} core(s) are available", file=sys.stderr)
-        elif green:
-            rows += measure(green, threads, budget, arguments.device)
-    rows = [row | shared for row in rows]
-    out = arguments.out or (None if arguments.dry else report.RESULTS / f"{report.slug(shared['device'])}.jsonl")
+    for row in measured_rows(arguments, budget):
+        rows.append(row | shared)
+        if out:  # at once: a run that is killed keeps what it has
+            out.parent.mkdir(parents=True, exist_ok=True)
+            with out.open("a") as file:
+                file.write(json.dumps(rows[-1]) + "\n")
     if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with out.open("a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
         print(f"{len(rows)} rows appended to {out}", file=sys.stderr)
         if shared["dirty"]:
             print("bench: the tree has uncommitted changes, so reports leave these rows out", file=sys.stderr)
     print(report.terminal(rows))
     return 1 if any(row["error"] for row in rows) else 0
+
+
+def measured_rows(arguments: argparse.Namespace, budget: str):
+    reasons = {} if arguments.no_gate or arguments.dry else {f: gate(f) for f in arguments.families}
+    yield from (gate_row(family, reason) for family, reason in reasons.items() if reason)
+    green = [family for family in arguments.families if not reasons.get(family)]
+    cores = len(os.sched_getaffinity(0))
+    for threads in arguments.threads if arguments.device == "cpu" else (1,):
+        if threads > cores:
+            print(f"bench: {threads} threads are not measured, {cores} core(s) are available", file=sys.stderr)
+        elif green:
+            yield from measure(green, threads, budget, arguments.device, arguments.cases, arguments.minutes)
 
 
 if __name__ == "__main__":

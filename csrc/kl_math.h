@@ -15,6 +15,12 @@ template <class F> struct KLTerm {
 
 template <class F> LSF_INLINE F magnitude(F x) { return maximum(-x, x); }
 
+// Within the finite numbers of fp16 or else of bf16 and fp32, which dlog_alpha / dweight = -2 / weight leaves near 0.
+template <class F> LSF_INLINE F saturate(F x, bool half) {
+  const F limit = constant<F>(half ? 65504.0f : 3.3895313892515355e38f);
+  return minimum(limit, maximum(-limit, x));
+}
+
 // Exact log-uniform KL. With lambda = 1 / alpha, on either side of lambda = 12:
 //   lambda <= 12:  KL = lambda S,                                in x = 1 - lambda / 12
 //   lambda > 12:   KL = (ln 2 + gamma)/2 - log_alpha/2 + V,      in x = 1 - 24 / lambda
@@ -36,7 +42,7 @@ template <class F, class U> LSF_INLINE KLTerm<F> kl_log_uniform_exact(F log_alph
   const F w = t * (far ? constant<F>(-24.0f) : constant<F>(-1.0f / 12.0f));
   const F x = w + one;
   F p = far ? constant<F>(V[0]) : constant<F>(S[0]), derivative = p;
-#pragma GCC unroll 16
+  LSF_UNROLL
   for (int k = 1; k < 12; ++k) {
     if (k > 1) derivative = fused_mul_add(derivative, x, p);
     p = fused_mul_add(p, x, far ? constant<F>(V[k]) : constant<F>(S[k]));
@@ -54,7 +60,7 @@ template <class F> LSF_INLINE F half_softplus(F log_alpha, F t) {
                          -0.00846096221357584f, 0.033152252435684204f, -0.14426355063915253f, 0.8109301924705505f};
   const F x = fused_mul_add(t, constant<F>(2.0f), constant<F>(-1.0f));
   F p = constant<F>(L[0]);
-#pragma GCC unroll 16
+  LSF_UNROLL
   for (int k = 1; k < 10; ++k) p = fused_mul_add(p, x, constant<F>(L[k]));
   return constant<F>(0.5f) * fused_mul_add(t, p, maximum(constant<F>(0.0f), -log_alpha));
 }
@@ -108,6 +114,9 @@ LSF_INLINE KLTerm<F> kl_normal(F weight, F log_sigma2, F inverse_std, F log_vari
   const F spread = fused_mul_add(half, -x, line) + tail;
   const F scaled = weight * inverse_std;
   return {fused_mul_add(half * scaled, scaled, spread), line + tail};
+}
+template <class F> LSF_INLINE F kl_normal_weight_slope(F weight, F inverse_std) {
+  return weight * inverse_std * inverse_std;
 }
 
 }  // namespace

@@ -15,6 +15,9 @@ namespace {
 struct PhiloxKey {
   uint32_t lo, hi;
   LSF_INLINE PhiloxKey round(int r) const { return {lo + r * 0x9E3779B9u, hi + r * 0xBB67AE85u}; }
+  static LSF_INLINE PhiloxKey of(int64_t seed) {
+    return {static_cast<uint32_t>(seed), static_cast<uint32_t>(static_cast<uint64_t>(seed) >> 32)};
+  }
 };
 
 // The four counter words going in, the four random words coming out. Where U is a vector, a counter word that
@@ -77,6 +80,14 @@ template <class F, class U> LSF_INLINE void box_muller(U a, U b, F& even, F& odd
   const F turned_r = xor_sign(r, t);
   even = even * turned_r;
   odd = odd * turned_r;
+}
+
+// The four normals of a quad of columns, on scalars.
+LSF_INLINE void normal_quad(const PhiloxKey& key, uint32_t quad, uint64_t row, uint32_t sample, float (&normal)[4]) {
+  const PhiloxWords<uint32_t> counter = {quad, static_cast<uint32_t>(row), static_cast<uint32_t>(row >> 32), sample};
+  const PhiloxWords<uint32_t> w = philox4x32_10(counter, key);
+  box_muller(w.w0, w.w1, normal[0], normal[1]);
+  box_muller(w.w2, w.w3, normal[2], normal[3]);
 }
 
 }  // namespace

@@ -8,8 +8,10 @@
 
 #ifdef __CUDACC__
 #define LSF_INLINE __host__ __device__ __forceinline__
+#define LSF_UNROLL _Pragma("unroll")  // the loop after it, wholly
 #else
 #define LSF_INLINE inline __attribute__((always_inline))
+#define LSF_UNROLL _Pragma("GCC unroll 16")
 #endif
 
 namespace {

@@ -34,7 +34,7 @@ from losssurf_fast.prediction import cached_variances, predict, prediction
 from losssurf_fast.sparsity import SparsityReport, bake_pruning, prune, pruning_masks, sparsity_report
 from losssurf_fast.surface import Line, Plane, Rays, Surface, line, rays
 from losssurf_fast.uncertainty import UncertaintyMetrics, UncertaintyReport, evaluate_uncertainty
-from losssurf_fast.weight_sampling import WeightSample, sample_weights, set_sampling
+from losssurf_fast.weight_sampling import WeightSample, sample_weights, set_sampling, set_variance_dtype
 
 __version__ = "0.1.0"
 __all__ = [
@@ -79,6 +79,7 @@ __all__ = [
     "rays",
     "sample_weights",
     "set_sampling",
+    "set_variance_dtype",
     "sparsity_report",
     "to_lrt",
     "update_bn",

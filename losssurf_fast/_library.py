@@ -15,6 +15,7 @@ NAMESPACE = "losssurf_fast"
 _library = torch.library.Library(NAMESPACE, "DEF")
 _attached: dict[tuple[str, str], str] = {}  # (operator, device type) -> language of a kernel attached from Python
 _missing: dict[tuple[str, str], str] = {}  # (operator or "" for all, device type) -> why a kernel is absent
+AUTOCAST_DEVICES = ("cpu", "cuda")  # those of our kernels
 OPERATORS: list[str] = []
 
 
@@ -23,7 +24,7 @@ def without_autocast(function):
 
     @functools.wraps(function)
     def call(*args, **kwargs):
-        for device in ("cpu", "cuda"):
+        for device in AUTOCAST_DEVICES:
             if torch.is_autocast_enabled(device):
                 with torch.autocast(device, enabled=False):
                     return call(*args, **kwargs)
@@ -41,7 +42,7 @@ def in_autocast_dtype(x: torch.Tensor) -> torch.Tensor:
 def autocast_dtype_of(x: torch.Tensor) -> torch.dtype:
     """That of :func:`in_autocast_dtype`."""
     device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+    if device in AUTOCAST_DEVICES and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     return x.dtype
 

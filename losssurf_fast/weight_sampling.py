@@ -1,16 +1,21 @@
 """Draws of a whole model's weights, where one draw must serve a whole batch, and how its layers sample otherwise."""
 
 import contextlib
+import logging
 
 import torch
 from torch import nn
 
 from losssurf_fast.averaging.tensors import plain_name, unwrap
 from losssurf_fast.nn.lrt import LRTLayer, lrt_layers
+from losssurf_fast.nn.lrt_linear import LRTLinear
 from losssurf_fast.nn.weight_space import Drawn, check_sampling, draw_posteriors
 from losssurf_fast.objective import check_prior, model_posteriors
+from losssurf_fast.ops.lrt_operand import FLOAT8_MULTIPLE, as_variance_dtype, float8_fits
 from losssurf_fast.ops.noise import as_seed, check_stream
 from losssurf_fast.undoing import afterwards
+
+logger = logging.getLogger("losssurf_fast")
 
 
 class WeightSample:
@@ -142,4 +147,36 @@ def set_sampling(model: nn.Module, sampling: str) -> nn.Module:
     check_sampling("set_sampling", sampling)
     for _, layer in lrt_layers(model, "set_sampling"):
         layer.sampling = sampling
+    return model
+
+
+def set_variance_dtype(model: nn.Module, dtype: torch.dtype | str | None) -> nn.Module:
+    """Let the linear LRT layers of ``model`` multiply their variances in ``dtype``, and return the model.
+
+    Args:
+        model: a module with LRT layers, as ``lsf.to_lrt`` makes it.
+        dtype: "float8_e4m3fn" (or torch's) for the :class:`lsf.nn.LRTLinear` layers whose sizes are multiples of 16,
+            as their ``variance_dtype`` says; the other LRT layers stay as they are and are logged as a warning. None
+            for the activations' dtype everywhere.
+
+    Raises:
+        TypeError, ValueError: not a module, another dtype, or a model with no layer that can have it.
+    """
+    caller = "set_variance_dtype"
+    dtype = as_variance_dtype(caller, dtype)
+    chosen, left = [], []
+    for name, layer in lrt_layers(model, caller):
+        name = name or type(layer).__name__
+        if not isinstance(layer, LRTLinear):
+            left.append(f"{name}: {type(layer).__name__} has no variance_dtype")
+        elif dtype is None or float8_fits(sizes := (layer.out_features, layer.in_features)):
+            chosen.append(layer)
+        else:
+            left.append(f"{name}: its sizes {sizes} are not multiples of {FLOAT8_MULTIPLE}")
+    if not chosen:
+        raise ValueError(f"{caller}: {type(model).__name__} has no layer that can have it; {'; '.join(left)}")
+    for layer in chosen:
+        layer.variance_dtype = dtype
+    if left and dtype is not None:
+        logger.warning("set_variance_dtype: these stay as they are:\n  %s", "\n  ".join(left))
     return model

@@ -10,7 +10,7 @@ import torch
 
 import losssurf_fast as lsf
 from benchmarks.eager import EagerLayer, eager_kl, with_eager_layers
-from benchmarks.measure import Step
+from benchmarks.timing import Step
 from examples.gpt import __main__ as gpt
 from examples.gpt.corpus import Corpus, documentation
 from examples.gpt.model import GPT

@@ -1,51 +1,115 @@
 """The GPU check in one command: its dry run on the CPU, and what a section that fails or hangs costs."""
 
+import dataclasses
 import json
 import subprocess
 import sys
 import time
 
 import pytest
+import torch
 
-from benchmarks import borders, gpu_check
+from benchmarks import borders, cases, gpu_check, records, report, run, timing
 from benchmarks.gpu_check import Section
 
 
-def test_dry_run_goes_through_every_section(tmp_path):
+def test_dry_run_goes_through_every_section_and_case(tmp_path):
     command = [sys.executable, "-m", "benchmarks.gpu_check", "--dry", "--out", str(tmp_path)]
     done = subprocess.run(command, cwd=gpu_check.ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert [line.split()[:2] for line in done.stdout.splitlines()[1:]] == [
+    sections, borders, measured = done.stdout.split("\n\n", 2)
+    assert [line.split()[:2] for line in sections.splitlines()[1:]] == [
         ["build", "ok"], ["tests", "ok"], ["operators", "ok"], ["borders", "ok"],
     ]  # fmt: skip
+    assert "ops/lrt_strategy.DUAL_MAX_ROWS is 128; measured: additive forward" in borders
+    assert "GPU time. Memory copy" in measured and "/eager" in measured and report.GPU_LEGEND in measured
     files = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.jsonl"))
     assert len(files) == 3 and [f.startswith("checks/") for f in files].count(True) == 2
-    records = [json.loads(line) for path in tmp_path.rglob("*.jsonl") for line in path.read_text().splitlines()]
-    assert all(record["budget"] == "dry" and record["device"] for record in records)
-    measured = {record.get("op") for record in records}
-    assert {"lrt_linear", "philox_normal"} <= measured
+    rows = [json.loads(line) for path in tmp_path.rglob("*.jsonl") for line in path.read_text().splitlines()]
+    assert all(row["budget"] == "dry" and row["device"] for row in rows)
+    found = {(*records.case_key(row), row["provider"]) for row in rows if row.get("cases") == "cuda"}
+    expected = {
+        (*case.key, provider)
+        for family in cases.families()
+        for case in cases.load(family, tiny=True, device_type="cuda")
+        for provider in (*case.setup(torch.device("cpu")).providers, "floor")
+        if case.compiles or provider != "compiled"
+    }
+    assert {row for row in found if row[0] != "machine"} == expected
+    assert {row[-1] for row in found if row[0] == "machine"} == {"copy", "read", "fill", "gemm mm", "gemm rowwise"}
+    assert {(row["op"], row["mode"], row["provider"]) for row in rows if row.get("family") == "borders"} == {
+        ("lrt_linear", "forward", "dual"), ("lrt_linear", "forward", "operands, then dual"),
+        ("lrt_linear", "forward", "two_gemms"), ("lrt_linear", "backward", "dual"),
+        ("lrt_linear", "backward", "two_gemms"), ("curve_linear", "forward", "fused"),
+        ("curve_linear", "forward", "synthesised"),
+    }  # fmt: skip
 
 
 def test_a_section_that_fails_or_hangs_costs_only_itself(monkeypatch, tmp_path, capsys):
-    python = sys.executable
+    run = lambda *codes: lambda _: [(sys.executable, "-c", code) for code in codes]
     listed = [
-        Section("broken", (python, "-c", "raise SystemExit('no compiler')"), 1),
-        Section("hangs", (python, "-c", "import time; print('started', flush=True); time.sleep(60)"), 0.05),
-        Section("works", (python, "-c", "print('fine')"), 1),
+        Section("broken", run("print('fine')", "raise SystemExit('no compiler')"), 1),
+        Section("hangs", run("import time; print('started', flush=True); time.sleep(60)", "print('fine')"), 0.05),
+        Section("works", run("print('fine')"), 1),
     ]
     monkeypatch.setattr(gpu_check, "sections", lambda *_: listed)
     start = time.monotonic()
     assert gpu_check.main(["--dry", "--out", str(tmp_path)]) == 1
     assert time.monotonic() - start < 30
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+    printed = capsys.readouterr()
+    assert "no compiler" in printed.err and "fine" not in printed.err
+    lines = [line.split() for line in printed.out.splitlines()[1:4]]
     assert [line[:2] for line in lines] == [["broken", "failed"], ["hangs", "too"], ["works", "ok"]]
     (record,) = [json.loads(line) for path in tmp_path.rglob("*.jsonl") for line in path.read_text().splitlines()]
     assert [section["said"] for section in record["sections"]] == [["no compiler"], ["started"], ["fine"]]
 
 
+def test_the_rows_of_a_section_that_was_killed_are_in_the_table(monkeypatch, tmp_path, capsys):
+    out = tmp_path / f"{records.slug(run.describe_device('cpu'))}.jsonl"
+    head = {"family": "noise", "op": "philox_normal", "variant": "", "mode": "forward", "dtype": "fp32"}
+    row = head | {"shape": [64], "threads": 1, "provider": "ours"} | run.origin("cpu", "dry") | {"cases": "cuda"}
+    row |= timing.empty_figures(None) | {"median_ms": 1.5}
+    out.write_text(json.dumps(row | {"op": "measured before"}) + "\n")
+    killed = f"import time; print({json.dumps(row)!r}, file=open({str(out)!r}, 'a'), flush=True); time.sleep(60)"
+    listed = [Section("operators", lambda _: [(sys.executable, "-c", killed)], 0.05)]
+    monkeypatch.setattr(gpu_check, "sections", lambda *_: listed)
+    assert gpu_check.main(["--dry", "--out", str(tmp_path)]) == 1
+    shown = capsys.readouterr().out
+    assert "too long" in shown and "philox_normal 64    fp32  fwd  1.500" in shown and "measured before" not in shown
+
+
 def test_sections_after_the_deadline_are_named():
-    outcome = gpu_check.carry_out(Section("late", ("false",), 1), deadline=time.monotonic() - 1)
+    outcome = gpu_check.carry_out(Section("late", lambda _: [("false",)], 1), deadline=time.monotonic() - 1)
     assert outcome.status == "too long" and outcome.seconds == 0
+
+
+def test_a_section_leaves_the_later_ones_their_time():
+    given = []
+    section = Section("operators", lambda minutes: given.append(minutes) or [("true",)], minutes=7)
+    assert gpu_check.carry_out(section, deadline=time.monotonic() + 300, later=75).status == "ok"
+    assert given[0] == pytest.approx(225 / 60, abs=0.01)
+    listed = gpu_check.sections(False, gpu_check.ROOT, "gpu", None)
+    assert sum(s.minutes for s in listed[:2]) + sum(s.least for s in listed[2:]) <= 9 + 1.25
+    (command,) = listed[2].commands(4.0)
+    assert command[command.index("--minutes") + 1] == "3.25" and command[command.index("--device") + 1] == "cuda"
+
+
+def test_tests_are_dealt_into_even_heaps():
+    files = ["tests/test_noise_calling.py", "tests/test_neb_gpu.py"]
+    heaps = gpu_check.dealt(files, 3)
+    tests = [test for heap in heaps for test in heap]
+    assert len(set(tests)) == len(tests) > 20 and {test.partition("::")[0] for test in tests} == set(files)
+    assert max(map(len, heaps)) - min(map(len, heaps)) <= 1
+    assert gpu_check.dealt(["tests/no_such_file.py"], 3) == [["tests/no_such_file.py"]]  # whose process then says so
+
+
+def test_it_starts_where_the_package_is_not_built():
+    code = (
+        "import sys; sys.modules['losssurf_fast'] = None; from benchmarks import gpu_check; from pathlib import Path; "
+    )
+    code += "print([len(s.commands(1.0)) > 0 for s in gpu_check.sections(False, Path('.'), 'gpu', None)])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=gpu_check.ROOT, capture_output=True, text=True)
+    assert done.stdout == "[True, True, True, True]\n", done.stderr
 
 
 def test_without_a_gpu_it_says_so(monkeypatch, capsys):
@@ -56,12 +120,41 @@ def test_without_a_gpu_it_says_so(monkeypatch, capsys):
 
 
 def test_every_file_with_gpu_tests_is_run():
-    files = gpu_check.gpu_tests()
-    assert {"tests/test_triton.py", "tests/test_curve_gpu.py", "tests/test_averaging_gpu.py"} <= set(files)
-    assert "tests/test_kl.py" not in files
+    files = set(gpu_check.gpu_tests())
+    assert {"tests/test_triton.py", "tests/test_curve_gpu.py", "tests/test_averaging_gpu.py"} <= files
+    assert {"tests/test_kl_triton.py", "tests/test_curve_linear_triton.py", "tests/test_triton_conv.py"} <= files
+    assert "tests/test_kl.py" not in files and "tests/test_gpu_check.py" not in files
 
 
-@pytest.mark.parametrize(("dual", "expected"), [((1, 1, 3), 32), ((3, 1, 1), 0), ((1, 1, 1), 64), ((1, 3, 1), 16)])
-def test_border_is_where_dual_stops_winning(dual, expected):
-    times = {rows: {"dual": ms, "two_gemms": 2} for rows, ms in zip((16, 32, 64), dual, strict=True)}
+@pytest.mark.parametrize(
+    ("dual", "ready", "expected"),
+    [((1, 1, 3), (9, 9, 9), 32), ((3, 1, 1), (9, 9, 9), 0), ((1, 1, 1), (9, 9, 9), 64), ((1, 3, 3), (9, 1, 9), 32)],
+)
+def test_border_is_where_the_library_starts_winning(dual, ready, expected):
+    times = {
+        rows: {"dual": first, "operands, then dual": second, "two_gemms": 2}
+        for rows, first, second in zip((16, 32, 64), dual, ready, strict=True)
+    }
     assert borders.border(times) == expected
+
+
+def test_borders_are_set_against_the_constants_in_force():
+    forward, backward, curve, *_ = borders.sweeps()
+    lines = borders.conclusions({forward: 256, backward: 64, curve: 32})
+    assert lines == [
+        "ops/lrt_strategy.DUAL_MAX_ROWS is 128; measured: additive forward 256, additive backward 64",
+        "ops/curve_linear_triton.FUSED_MAX_ROWS is 128; measured: 3 bends forward 32",
+    ]
+    assert all(borders.current(sweep.constant) > 0 for sweep in borders.sweeps())
+
+
+def test_a_strategy_that_fails_is_a_row_with_its_reason():
+    def broken():
+        raise RuntimeError("out of resource: shared memory")
+
+    sweep = dataclasses.replace(borders.sweeps()[0], strategies=lambda *_: {"dual": broken, "two_gemms": lambda: None})
+    times, rows = borders.measure(sweep, torch.device("cpu"), dry=True)
+    assert all(set(measured) == {"two_gemms"} for measured in times.values())
+    assert [row["error"] for row in rows if row["provider"] == "dual"] == 2 * [
+        "RuntimeError: out of resource: shared memory"
+    ]

@@ -151,16 +151,16 @@ def test_lrt_conv_shards():
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_lrt_conv_of_slices(channels_last):
     """Inputs that are not dense."""
-    inputs = conv_inputs("additive", TWO, channels_last=channels_last)
+    inputs = to_device(conv_inputs("additive", TWO, channels_last=channels_last))
     wide = [torch.cat([t, t], dim=-1) for t in inputs]
-    slices = [t[..., : t.shape[-1] // 2] for t in wide]
+    slices = [t[..., : t.shape[-1] // 2] for t in wide]  # made here: on its way to a device a slice becomes dense
     rest = (seed_tensor(), "additive", *TWO[2], *PLACE)
-    y, var = lrt_conv_triton.lrt_conv_triton(*to_device(inputs), *rest)
-    part = lrt_conv_triton.lrt_conv_triton(*to_device(slices), *rest)
+    y, var = lrt_conv_triton.lrt_conv_triton(*inputs, *rest)
+    part = lrt_conv_triton.lrt_conv_triton(*slices, *rest)
     torch.testing.assert_close(part, (y, var))
     rest = (True, var, *rest[:2], [True] * 4, *rest[2:])
-    grads = lrt_conv_triton.lrt_conv_backward_triton(y, *to_device(inputs[:3]), *rest)
-    torch.testing.assert_close(lrt_conv_triton.lrt_conv_backward_triton(y, *to_device(slices[:3]), *rest), grads)
+    grads = lrt_conv_triton.lrt_conv_backward_triton(y, *inputs[:3], *rest)
+    torch.testing.assert_close(lrt_conv_triton.lrt_conv_backward_triton(y, *slices[:3], *rest), grads)
 
 
 def test_lrt_conv_parameters_in_two_formats():

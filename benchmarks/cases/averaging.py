@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.optim import swa_utils
 
-from benchmarks.cases import Case, Setup, dtype_of
+from benchmarks.cases import GPU_COPY, Case, Setup, dtype_of
 from losssurf_fast.averaging import AveragedModel
 from losssurf_fast.ops import ema_, lerp_
 
@@ -24,6 +24,15 @@ SMALL = [*convolutions(2, 16), *convolutions(9, 32), *convolutions(44, 64), (10,
 # Few large ones: 20 of 5M.
 LARGE = 20 * [(5000, 1000)]
 TINY = [(3, 5), (2,), (0,)]
+# On a GPU the small ones, 7.4M elements, leave its L2 cache as well.
+GPU_SMALL = 200 * [(64, 64, 3, 3)]
+
+
+def lists(tiny: bool, device_type: str) -> tuple[list, list]:
+    """Shapes of (many small tensors, few large ones)."""
+    if tiny:
+        return TINY, TINY[:2]
+    return (GPU_SMALL if device_type == "cuda" else SMALL), LARGE
 
 
 def numel(shapes) -> int:
@@ -99,8 +108,9 @@ def _model(shapes, dtype, average_dtype=None):
     return setup
 
 
-def cases(tiny: bool = False) -> list[Case]:
-    small, large = (TINY, TINY[:2]) if tiny else (SMALL, LARGE)
+def cases(tiny: bool = False, device_type: str = "cpu") -> list[Case]:
+    on_gpu = device_type == "cuda"
+    small, large = lists(tiny, device_type)
 
     def case(op, variant, shapes, dtype, setup, width, flops=2, goal=None, headline=False):
         """``width`` bytes and ``flops`` operations for each element; ``goal`` for one thread."""
@@ -113,8 +123,10 @@ def cases(tiny: bool = False) -> list[Case]:
             setup=setup,
             bytes=width * numel(shapes),
             flops=flops * numel(shapes),
-            targets={} if goal is None else {1: goal},
-            headline=headline,
+            targets={} if goal is None or on_gpu else {1: goal},
+            copy_target=GPU_COPY if on_gpu and shapes is large else None,
+            compiles=not on_gpu or shapes is large,
+            headline=headline and not (on_gpu and shapes is small and dtype == "bf16"),
         )
 
     lerp = functools.partial(lerp_, weight=WEIGHT)

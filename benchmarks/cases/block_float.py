@@ -8,7 +8,7 @@ from benchmarks.cases import Case, Setup
 from losssurf_fast.ops import block_float
 
 WORD_LENGTH = 8
-SHAPE = (1024, 1024)
+SHAPE, GPU_SHAPE = (1024, 1024), (8192, 8192)
 
 
 def eager_block_float(x, per_row: bool = False):
@@ -30,8 +30,8 @@ def _setup(shape, block):
     return setup
 
 
-def cases(tiny: bool = False) -> list[Case]:
-    shape = (3, 5) if tiny else SHAPE
+def cases(tiny: bool = False, device_type: str = "cpu") -> list[Case]:
+    shape = (3, 5) if tiny else GPU_SHAPE if device_type == "cuda" else SHAPE
     return [
         Case(
             op="block_float",

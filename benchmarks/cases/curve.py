@@ -8,8 +8,8 @@ A step of training a whole curve is in curve_step.py.
 
 import torch
 
-from benchmarks.cases import Case, Setup, curve_step, dtype_of
-from benchmarks.cases.averaging import LARGE, SMALL, TINY, numel
+from benchmarks.cases import GPU_COPY, Case, Setup, curve_step, dtype_of
+from benchmarks.cases.averaging import lists, numel
 from losssurf_fast.ops import curve_coefficients, curve_weights
 
 PLACE = 0.3
@@ -52,8 +52,8 @@ class ForeachCurve(torch.autograd.Function):
         return None, *result
 
 
-def foreach(bends, coefficients):
-    return ForeachCurve.apply(coefficients.tolist(), *[w for bend in bends for w in bend])
+def foreach(bends, numbers):
+    return ForeachCurve.apply(numbers, *[w for bend in bends for w in bend])
 
 
 def _setup(shapes, dtype, num_bends, kind, full):
@@ -81,7 +81,9 @@ def _setup(shapes, dtype, num_bends, kind, full):
                 for others in written:
                     torch._foreach_zero_(others)
 
-        providers = {"eager": eager, "compiled": eager, "torch": foreach, "ours": curve_weights}
+        numbers = coefficients.tolist()  # known on the CPU, where t is drawn: no step waits for a GPU to tell
+        library = lambda bends, _: foreach(bends, numbers)
+        providers = {"eager": eager, "compiled": eager, "torch": library, "ours": curve_weights}
         return Setup((bends, coefficients), providers, floor)
 
     return setup
@@ -91,8 +93,10 @@ def _num_read(num_bends: int, kind: str) -> int:
     return int(curve_coefficients(PLACE, num_bends, kind).count_nonzero())
 
 
-def cases(tiny: bool = False) -> list[Case]:
-    small, large = (TINY[:2], TINY[:2]) if tiny else (SMALL, LARGE)
+def cases(tiny: bool = False, device_type: str = "cpu") -> list[Case]:
+    on_gpu = device_type == "cuda"
+    small, large = lists(tiny, device_type)
+    small = large if tiny else small  # no empty tensor
 
     def case(shapes, dtype, mode, num_bends=3, kind="bezier", goal=None, headline=False):
         read, trained, width = _num_read(num_bends, kind), num_bends - 2, dtype_of(dtype).itemsize
@@ -106,8 +110,10 @@ def cases(tiny: bool = False) -> list[Case]:
             setup=_setup(shapes, dtype, num_bends, kind, mode == "full"),
             bytes=passes * width * numel(shapes),
             flops=(2 * read - 1 + (mode == "full") * trained) * numel(shapes),
-            targets={} if goal is None else {1: goal},
-            headline=headline,
+            targets={} if goal is None or on_gpu else {1: goal},
+            copy_target=GPU_COPY if on_gpu and shapes is large else None,
+            compiles=not on_gpu or shapes is large,
+            headline=headline or (on_gpu and shapes is large and dtype == "fp32"),
         )
 
     result = []
@@ -117,4 +123,4 @@ def cases(tiny: bool = False) -> list[Case]:
             result.append(case(shapes, dtype, "full", goal=goal if dtype == "fp32" else None, headline=dtype == "fp32"))
     result.append(case(small, "fp32", "full", num_bends=5))
     result.append(case(small, "fp32", "full", num_bends=5, kind="polychain"))
-    return result + curve_step.cases(tiny)
+    return result + curve_step.cases(tiny, device_type)

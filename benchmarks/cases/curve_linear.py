@@ -75,7 +75,19 @@ def _case(rows, weight, mode="forward", num_bends=3, dtype="fp32", **extra) -> C
     )
 
 
-def cases(tiny: bool = False) -> list[Case]:
+def gpu_cases(tiny: bool = False) -> list[Case]:
+    weight = TINY if tiny else LARGE
+    return [
+        *(_case(rows, weight, dtype="bf16", headline=rows in (16, 64)) for rows in (16, 64, 256, 2048)),
+        *(_case(rows, weight, "full", dtype="bf16", headline=rows == 64) for rows in (64, 2048)),
+        _case(64, weight),
+        _case(64, weight, num_bends=5, dtype="bf16"),
+    ]
+
+
+def cases(tiny: bool = False, device_type: str = "cpu") -> list[Case]:
+    if device_type == "cuda":
+        return gpu_cases(tiny)
     large, middle, small = (TINY,) * 3 if tiny else (LARGE, MIDDLE, SMALL)
     goal = {"targets": {1: 1.3}}
     result = [
@@ -88,4 +100,4 @@ def cases(tiny: bool = False) -> list[Case]:
         *(_case(rows, middle, mode, dtype="bf16") for rows in (1, 16, 64) for mode in ("forward", "full")),
         _case(256, middle),
     ]
-    return list({case.key: case for case in result}.values())  # tiny shapes coincide
+    return result

@@ -90,8 +90,8 @@ def _setup(batch: int, width: int, t_sampling: str):
     return setup
 
 
-def cases(tiny: bool = False) -> list[Case]:
-    width, batches = (2, (2,)) if tiny else (64, (32, 128))
+def cases(tiny: bool = False, device_type: str = "cpu") -> list[Case]:
+    width, batches = (2, (2,)) if tiny else (64, (128, 512) if device_type == "cuda" else (32, 128))
     size = sum(p.numel() for p in resnet18(width).parameters())
     return [
         Case(

@@ -8,11 +8,13 @@ from torch import nn
 from torch.distributions import Normal, kl_divergence
 from torch.nn import functional as F
 
-from benchmarks.cases import Case, Setup
+from benchmarks.cases import GPU_COPY, Case, Setup
 from losssurf_fast.ops.kl import K1, K2, K3, kl_ard, kl_log_uniform, kl_normal
 
-SHAPES = ((64, 512), (1024, 1024), (4096, 1024))  # [O, I] of a layer
-LAYERS, LAYER = 40, (64, 64)  # many small layers, one call
+# [O, I] of a layer
+SHAPES = {"cpu": ((64, 512), (1024, 1024), (4096, 1024)), "cuda": ((1024, 1024), (10_000, 10_000), (4096, 4096))}
+# Many small layers, one call.
+LAYERS = {"cpu": (40, (64, 64)), "cuda": (200, (192, 192))}
 
 
 def eager_log_uniform(log_alpha):
@@ -88,21 +90,23 @@ def _sum_over(function):
     return lambda *tensors: sum(map(function, tensors))
 
 
-def cases(tiny: bool = False) -> list[Case]:
-    small, middle, large = ((3, 5),) * 3 if tiny else SHAPES
-    layers, layer = (3, (3, 2)) if tiny else (LAYERS, LAYER)
-    goal = {1: 10.0, 2: 10.0}
+def cases(tiny: bool = False, device_type: str = "cpu") -> list[Case]:
+    on_gpu = device_type == "cuda"
+    small, middle, large = ((3, 5),) * 3 if tiny else SHAPES[device_type]
+    layers, layer = (3, (3, 2)) if tiny else LAYERS[device_type]
+    goal = {"copy_target": GPU_COPY} if on_gpu else {"targets": {1: 10.0, 2: 10.0}}
+    also = goal if on_gpu else {}
     exact, approximate = kl_log_uniform, functools.partial(kl_log_uniform, exact=False)
     published = (eager_log_uniform, torch_log_uniform)
     many = (_sum_over(eager_log_uniform), _sum_over(torch_log_uniform), lambda *tensors: kl_log_uniform(list(tensors)))
     result = [
-        _case("kl_log_uniform", "", middle, 1, *published, exact, targets=goal, headline=True),
+        _case("kl_log_uniform", "", middle, 1, *published, exact, headline=True, **goal),
         _case("kl_log_uniform", "", small, 1, *published, exact),
         _case("kl_log_uniform", "", large, 1, *published, exact),
-        _case("kl_log_uniform", "approx", middle, 1, *published, approximate, targets=goal, headline=True),
-        _case("kl_log_uniform", f"{layers} of", layer, layers, *many),
-        _case("kl_log_uniform", "additive", middle, 2, eager_additive, torch_additive, additive_log_uniform),
-        _case("kl_ard", "", middle, 1, eager_ard, torch_ard, kl_ard),
-        _case("kl_normal", "", middle, 2, eager_normal, torch_normal, kl_normal),
+        _case("kl_log_uniform", "approx", middle, 1, *published, approximate, headline=not on_gpu, **goal),
+        _case("kl_log_uniform", f"{layers} of", layer, layers, *many, compiles=not on_gpu),
+        _case("kl_log_uniform", "additive", middle, 2, eager_additive, torch_additive, additive_log_uniform, **also),
+        _case("kl_ard", "", middle, 1, eager_ard, torch_ard, kl_ard, **also),
+        _case("kl_normal", "", middle, 2, eager_normal, torch_normal, kl_normal, headline=on_gpu, **also),
     ]
-    return list({case.key: case for case in result}.values())  # tiny shapes coincide
+    return result

@@ -22,6 +22,8 @@ LENET_2 = (128, 20, 12, 50, 5, 0)
 VGG_1 = (128, 3, 32, 64, 3, 1)
 VGG_2 = (128, 64, 16, 128, 3, 1)
 VGG_3 = (128, 256, 8, 256, 3, 1)
+# Layers of VGG and of a ResNet on ImageNet, in batches that fill a GPU.
+GPU_SHAPES = ((1024, 3, 32, 64, 3, 1), (1024, 64, 32, 64, 3, 1), (256, 256, 14, 256, 3, 1))
 TINY = (2, 3, 4, 5, 3, 1)
 FIRST_LAYERS = 3  # input channels at most
 
@@ -120,7 +122,22 @@ def _both(target: float) -> dict[int, float]:
     return {1: target, 2: target}
 
 
-def cases(tiny: bool = False) -> list[Case]:
+def gpu_cases(tiny: bool = False) -> list[Case]:
+    first, wide, deep = (TINY,) * 3 if tiny else GPU_SHAPES
+    return [
+        _case(wide, "forward", dtype="bf16", channels_last=True, headline=True),
+        _case(wide, dtype="bf16", channels_last=True, headline=True),
+        _case(deep, "forward", dtype="bf16", channels_last=True),
+        _case(deep, dtype="bf16", channels_last=True),
+        _case(first, dtype="bf16", channels_last=True),
+        *(_case(shape, "forward", dtype="bf16") for shape in (wide, deep)),
+        _case(deep, "forward"),
+    ]
+
+
+def cases(tiny: bool = False, device_type: str = "cpu") -> list[Case]:
+    if device_type == "cuda":
+        return gpu_cases(tiny)
     lenet_1, lenet_2, vgg_1, vgg_2, vgg_3 = (TINY,) * 5 if tiny else (LENET_1, LENET_2, VGG_1, VGG_2, VGG_3)
     result = [
         _case(lenet_1, targets=_both(2.0), saved_target=0.5, headline=True),
@@ -136,4 +153,4 @@ def cases(tiny: bool = False) -> list[Case]:
         _case(vgg_1, dtype="bf16", targets=_both(1.0)),
         _case(vgg_2, dtype="bf16", targets=_both(1.0)),
     ]
-    return list({case.key: case for case in result}.values())  # tiny shapes coincide
+    return result

@@ -16,8 +16,9 @@ from examples.gpt.model import GPT
 from examples.gpt.training import kl_weight, objectives, stochastic
 from losssurf_fast.conversion import to_lrt
 
-LENET, GPTS = (128,), ((2, 128, 64, 8),)  # batch; layers, width, context, batch
-TINY_LENET, TINY_GPT = (2,), (1, 32, 8, 2)
+# Batch; layers, width, context, batch.
+LENET, GPTS = {"cpu": 128, "cuda": 2048}, {"cpu": (2, 128, 64, 8), "cuda": (6, 512, 256, 32)}
+TINY_LENET, TINY_GPT = 2, (1, 32, 8, 2)
 NUM_TOKENS = 100_000
 
 
@@ -76,8 +77,8 @@ def _gpt(layers: int, width: int, context: int, batch: int):
     return setup
 
 
-def cases(tiny: bool = False) -> list[Case]:
-    (batch,) = TINY_LENET if tiny else LENET
+def cases(tiny: bool = False, device_type: str = "cpu") -> list[Case]:
+    batch = TINY_LENET if tiny else LENET[device_type]
     weights = 20 * 25 + 50 * 20 * 25 + 800 * 500 + 500 * 10
     products = 24**2 * 20 * 25 + 8**2 * 50 * 20 * 25 + 800 * 500 + 500 * 10  # of one image
     lenet = Case(
@@ -88,10 +89,10 @@ def cases(tiny: bool = False) -> list[Case]:
         setup=_lenet(batch),
         bytes=4 * (batch * 28**2 + 3 * weights),
         flops=6 * batch * products,
-        targets={1: 1.5},
+        targets={1: 1.5} if device_type == "cpu" else {},
         headline=True,
     )
-    return [lenet, *(_gpt_case(*sizes) for sizes in ((TINY_GPT,) if tiny else GPTS))]
+    return [lenet, _gpt_case(*(TINY_GPT if tiny else GPTS[device_type]))]
 
 
 def _gpt_case(layers: int, width: int, context: int, batch: int) -> Case:

@@ -14,7 +14,11 @@ from benchmarks.eager import EagerLayer
 from benchmarks.gemm import fastest_products
 from losssurf_fast.nn import LRTLinear
 
-SHAPES = ((32, 10, 500), (64, 512, 784), (128, 1024, 1024))  # (M, N, K): batch, outputs, inputs
+# (M, N, K): batch, outputs, inputs.
+SHAPES = {
+    "cpu": ((32, 10, 500), (64, 512, 784), (128, 1024, 1024)),
+    "cuda": ((64, 4096, 4096), (4096, 4096, 4096)),
+}
 TINY = (4, 3, 5)
 
 
@@ -44,7 +48,8 @@ def _setup(shape):
     return setup
 
 
-def cases(tiny: bool = False) -> list[Case]:
+def cases(tiny: bool = False, device_type: str = "cpu") -> list[Case]:
+    shapes = SHAPES[device_type]
     layers = [
         Case(
             op="LRTLinear step",
@@ -54,8 +59,9 @@ def cases(tiny: bool = False) -> list[Case]:
             setup=_setup(shape),
             bytes=4 * (4 * shape[0] * shape[2] + 8 * shape[1] * shape[2]),  # x and parameters both ways, twice
             flops=12 * math.prod(shape),
-            headline=shape == SHAPES[1],
+            peak_target=0.5 if device_type == "cuda" and shape == shapes[1] else None,
+            headline=shape == shapes[1],
         )
-        for shape in ((TINY,) if tiny else SHAPES)
+        for shape in ((TINY,) if tiny else shapes)
     ]
-    return layers + networks.cases(tiny)
+    return layers + networks.cases(tiny, device_type)

@@ -2,10 +2,10 @@
 
 import torch
 
-from benchmarks.cases import Case, Setup, dtype_of
+from benchmarks.cases import GPU_COPY, Case, Setup, dtype_of
 from losssurf_fast.ops.noise import philox_normal
 
-SIZES = (2**14, 2**20, 2**24)
+SIZES = {"cpu": (2**14, 2**20, 2**24), "cuda": (2**20, 2**24, 2**27)}
 SEED = 20260511
 
 
@@ -32,11 +32,14 @@ def _setup(size: int, dtype: torch.dtype):
     return setup
 
 
-def cases(tiny: bool = False) -> list[Case]:
+def cases(tiny: bool = False, device_type: str = "cpu") -> list[Case]:
+    on_gpu = device_type == "cuda"
+    sizes = (64,) if tiny else SIZES[device_type]
+    chosen = sizes[-1] if on_gpu else sizes[len(sizes) // 2]
     result = []
     for dtype in ("fp32", "bf16"):
-        for size in (64,) if tiny else SIZES if dtype == "fp32" else SIZES[1:2]:
-            headline = size == 2**20 and dtype == "fp32"
+        for size in sizes if dtype == "fp32" else (chosen,):
+            headline = size == chosen and dtype == "fp32"
             result.append(
                 Case(
                     op="philox_normal",
@@ -46,7 +49,8 @@ def cases(tiny: bool = False) -> list[Case]:
                     setup=_setup(size, dtype_of(dtype)),
                     bytes=size * dtype_of(dtype).itemsize,
                     flops=0,
-                    targets={1: 5.0, 2: 10.0} if headline else {},
+                    targets={1: 5.0, 2: 10.0} if headline and not on_gpu else {},
+                    copy_target=GPU_COPY if on_gpu and size == chosen else None,
                     headline=headline,
                 )
             )

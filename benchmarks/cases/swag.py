@@ -4,8 +4,8 @@ import math
 
 import torch
 
-from benchmarks.cases import Case, Setup
-from benchmarks.cases.averaging import LARGE, SMALL, TINY, Weights, numel
+from benchmarks.cases import GPU_COPY, Case, Setup
+from benchmarks.cases.averaging import Weights, lists, numel
 from losssurf_fast.ops import swag_collect_, swag_sample
 
 RANK, COLLECTED, DRAWS = 20, 50, 30
@@ -113,8 +113,10 @@ def _many_samples(shapes):
     return setup
 
 
-def cases(tiny: bool = False) -> list[Case]:
-    small, large = (TINY, TINY[:2]) if tiny else (SMALL, 4 * LARGE[:1])
+def cases(tiny: bool = False, device_type: str = "cpu") -> list[Case]:
+    on_gpu = device_type == "cuda"
+    small, large = lists(tiny, device_type)
+    large = large[:4]  # 20M elements: of the columns there are 20 times as many
 
     def case(op, variant, shapes, setup, passes, goal=None, headline=False):
         return Case(
@@ -125,17 +127,20 @@ def cases(tiny: bool = False) -> list[Case]:
             setup=setup,
             bytes=4 * passes * numel(shapes),
             flops=0,
-            targets={} if goal is None else {1: goal},
-            headline=headline,
+            targets={} if goal is None or on_gpu else {1: goal},
+            copy_target=GPU_COPY if on_gpu and shapes is large else None,
+            compiles=not on_gpu or shapes is large,
+            headline=headline or (on_gpu and shapes is large and variant == rank),
         )
 
     rank, draws = f"rank {RANK}", f"{DRAWS} draws"
+    first = not on_gpu  # on a GPU the large ones are the headlines
     return [
-        case("swag_collect_", rank, small, _collect(small, False), 6, 1.9, headline=True),
+        case("swag_collect_", rank, small, _collect(small, False), 6, 1.9, headline=first),
         case("swag_collect_", rank, large, _collect(large, False), 6, 1.9),
-        case("swag_collect_", f"{rank} concatenating", small, _collect(small, True), 6, 10.0, headline=True),
+        case("swag_collect_", f"{rank} concatenating", small, _collect(small, True), 6, 10.0, headline=first),
         case("swag_collect_", f"{rank} concatenating", large, _collect(large, True), 6, 10.0),
-        case("swag_sample", rank, small, _sample(small), RANK + 3, 2.1, headline=True),
+        case("swag_sample", rank, small, _sample(small), RANK + 3, 2.1, headline=first),
         case("swag_sample", rank, large, _sample(large), RANK + 3, 2.1),
-        case("swag_sample", f"{rank} {draws}", small, _many_samples(small), RANK + 2 + DRAWS, 2.5, headline=True),
+        case("swag_sample", f"{rank} {draws}", small, _many_samples(small), RANK + 2 + DRAWS, 2.5, headline=first),
     ]

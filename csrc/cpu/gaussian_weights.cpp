@@ -13,69 +13,30 @@
 #include "kl.h"
 #include "tiles.h"
 
+#include "../gaussian_checks.h"
+
 namespace losssurf {
 namespace {
 
 using at::Tensor;
-using Names = c10::List<std::string>;
 
 constexpr int64_t kChunk = kTile;  // elements of a kernel call, and of a sum in double precision
 
-// ---- what a call is about -----------------------------------------------------------------------------------
-
-// One tensor of weights, its parameters contiguous.
-struct Entry {
-  Tensor weight, scale;  // weight is undefined where the means are 0
-  std::string parameterization;
+// An entry as the kernels see it.
+struct Entry : GaussianEntry {
   GaussianTensor view;
-  int64_t numel() const { return like().numel(); }
-  const Tensor& like() const { return weight.defined() ? weight : scale; }
-  bool wide() const { return scale.scalar_type() == at::kDouble; }
-  int64_t covered() const { return numel() / std::max<int64_t>(1, scale.numel()); }  // weights of an element of scale
-  bool shared() const { return parameterization == "layer" || parameterization == "neuron"; }
-};
-
-struct PriorOf {
-  bool given;
-  KL kind;
-  double std;
-  PriorOf(c10::string_view name, double std) : given(name != "none"), kind(KL::normal), std(std) {
-    if (name == "log_uniform") kind = KL::log_uniform;
-    else if (name == "log_uniform_approximate") kind = KL::log_uniform_approximate;
-    else if (name == "ard") kind = KL::ard;
-    else TORCH_CHECK_VALUE(!given || name == "normal", "gaussian_weights: unknown prior '", name, "'");
-  }
-  bool scale_free() const { return kind != KL::normal; }  // the KL is a function of log_alpha
-  Prior kernel() const { return {static_cast<float>(1 / std), static_cast<float>(2 * std::log(std))}; }
 };
 
 std::vector<Entry> entries_of(at::TensorList weights, at::TensorList scales, const Names& parameterizations,
                               const Tensor& seed, int64_t row_offset, int64_t sample, const PriorOf& prior) {
-  TORCH_CHECK_VALUE(parameterizations.size() == scales.size(), "gaussian_weights: parameterizations must hold ",
-                    scales.size(), " names like scales, got ", parameterizations.size());
   std::vector<Entry> entries;
-  size_t next = 0;
-  for (size_t i = 0; i < scales.size(); ++i) {
-    Entry entry{{}, scales[i].contiguous(), parameterizations.get(i), {}};
-    if (entry.parameterization != "variance") {
-      TORCH_CHECK_VALUE(next < weights.size(), "gaussian_weights: weights must hold a tensor for each scale but those of "
-                        "'variance', got ", weights.size());
-      entry.weight = weights[next++].contiguous();
-    }
-    const int64_t numel = entry.numel(), elements = entry.scale.numel();
-    const int64_t rows = entry.like().dim() ? entry.like().size(0) : 1;
-    const int64_t wanted = entry.parameterization == "layer" ? 1 : entry.parameterization == "neuron" ? rows : numel;
-    TORCH_CHECK_VALUE(elements == wanted, "gaussian_weights: scales[", i, "] must have ", wanted, " elements, got ",
-                      elements);
-    TORCH_CHECK_TYPE(entry.wide() == (entry.like().scalar_type() == at::kDouble),
-                     "gaussian_weights: weights and scales must both be float64 or neither");
+  for (GaussianEntry& found : gaussian_entries(weights, scales, parameterizations, seed)) {
+    Entry entry{std::move(found), {}};
     GaussianTensor& view = entry.view;
-    view.noise = noise_stream(seed, row_offset + static_cast<int64_t>(i), 0, sample);
-    view.run = std::max<int64_t>(1, entry.covered());
-    view.multiplicative = entry.weight.defined() && entry.parameterization != "additive";
-    // Where it is a function of log_alpha, elements that weights share have their KL taken once (shared_kl), and
-    // means of 0 have none.
-    view.has_kl = prior.given && !(prior.scale_free() && (entry.shared() || !entry.weight.defined()));
+    view.noise = noise_stream(seed, row_offset + static_cast<int64_t>(entries.size()), 0, sample);
+    view.run = entry.run();
+    view.multiplicative = entry.multiplicative();
+    view.has_kl = prior.of_weights(entry);
     view.kl = prior.kind, view.prior = prior.kernel();
     if (!entry.wide()) {
       view.scale = array_of(entry.scale, 0);
@@ -83,8 +44,6 @@ std::vector<Entry> entries_of(at::TensorList weights, at::TensorList scales, con
     }
     entries.push_back(std::move(entry));
   }
-  TORCH_CHECK_VALUE(next == weights.size(), "gaussian_weights: weights must hold ", next, " tensors, got ",
-                    weights.size());
   return entries;
 }
 
@@ -173,10 +132,6 @@ double shared_kl(const Entry& entry, const PriorOf& prior, std::vector<double>* 
   return sum;
 }
 
-bool has_shared_kl(const Entry& entry, const PriorOf& prior) {
-  return prior.given && prior.scale_free() && entry.shared();
-}
-
 std::tuple<std::vector<Tensor>, Tensor> gaussian_weights_cpu(
     at::TensorList weights, at::TensorList scales, const Names& parameterizations, const Tensor& seed,
     int64_t row_offset, int64_t sample, c10::string_view prior_name, double prior_std) {
@@ -199,8 +154,8 @@ std::tuple<std::vector<Tensor>, Tensor> gaussian_weights_cpu(
   double total = 0;  // in the order of the chunks: the same bits for any number of threads
   for (const double sum : sums) total += sum;
   for (const Entry& entry : entries)
-    if (has_shared_kl(entry, prior)) total += entry.covered() * shared_kl(entry, prior, nullptr);
-  const bool wide = std::any_of(entries.begin(), entries.end(), [](const Entry& entry) { return entry.wide(); });
+    if (prior.of_shared(entry)) total += entry.covered() * shared_kl(entry, prior, nullptr);
+  const bool wide = any_wide(entries);
   const Tensor kl = at::empty({}, seed.options().dtype(wide ? at::kDouble : at::kFloat));
   if (wide) *kl.data_ptr<double>() = total;
   else *kl.data_ptr<float>() = static_cast<float>(total);  // infinite past fp32's range
@@ -210,7 +165,7 @@ std::tuple<std::vector<Tensor>, Tensor> gaussian_weights_cpu(
 // Sums over the weights that an element of scale covers, from a list of places for each chunk.
 void finish_shared(const Entry& entry, const PriorOf& prior, double grad_kl, std::vector<double>& sums,
                    const Tensor& out) {
-  if (has_shared_kl(entry, prior)) {
+  if (prior.of_shared(entry)) {
     std::vector<double> slopes;
     shared_kl(entry, prior, &slopes);
     for (size_t i = 0; i < sums.size(); ++i) sums[i] += grad_kl * entry.covered() * slopes[i];
@@ -227,26 +182,16 @@ std::vector<Tensor> gaussian_weights_backward_cpu(
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   const PriorOf prior(prior_name, prior_std);
   const auto entries = entries_of(weights, scales, parameterizations, seed, row_offset, sample, prior);
-  TORCH_CHECK_VALUE(grads_in.size() == entries.size() && needed.size() == weights.size() + scales.size(),
-                    "gaussian_weights_backward: grads must hold ", entries.size(), " tensors and needed ",
-                    weights.size() + scales.size(), " flags, got ", grads_in.size(), " and ", needed.size());
   const double grad_kl = grad_kl_in.item<double>();
 
-  // Gradients, those of weights first; undefined ones are not wanted.
+  const std::vector<Tensor> grads = gaussian_grads(entries, grads_in, weights.size(), needed);
+  const GaussianResults wanted = gaussian_results(entries, needed);
   std::vector<Layout> layouts;
-  std::vector<const Tensor*> parameters;
-  for (const Entry& entry : entries)
-    if (entry.weight.defined()) parameters.push_back(&entry.weight);
-  for (const Entry& entry : entries) parameters.push_back(&entry.scale);
-  for (size_t i = 0; i < parameters.size(); ++i)
-    if (needed.get(i)) layouts.push_back(Layout::like(*parameters[i]));
+  for (const Tensor& like : wanted.like) layouts.push_back(Layout::like(like));
   const std::vector<Tensor> results = empty_together(layouts);
-  std::vector<Tensor> grad_weights(entries.size()), grad_scales(entries.size()), grads;
-  size_t result = 0, flag = 0;
-  for (size_t i = 0; i < entries.size(); ++i)
-    if (entries[i].weight.defined() && needed.get(flag++)) grad_weights[i] = results[result++];
-  for (size_t i = 0; i < entries.size(); ++i)
-    if (needed.get(flag++)) grad_scales[i] = results[result++];
+  std::vector<Tensor> grad_weights, grad_scales;
+  for (const int place : wanted.of_weight) grad_weights.push_back(result_at(results, place));
+  for (const int place : wanted.of_scale) grad_scales.push_back(result_at(results, place));
 
   std::vector<Chunk> chunks;
   std::vector<size_t> places;  // of a chunk's sums over elements of scale
@@ -259,15 +204,6 @@ std::vector<Tensor> gaussian_weights_backward_cpu(
     places.push_back(num_sums);
     const int64_t run = entries[index].view.run;
     if (entries[index].shared() && grad_scales[index].defined()) num_sums += (begin + n - 1) / run - begin / run + 1;
-  }
-  for (size_t i = 0; i < entries.size(); ++i) {
-    const Tensor& grad = grads_in[i];
-    TORCH_CHECK_VALUE(grad.sizes() == likes[i].sizes(), "gaussian_weights_backward: grads[", i, "] must have shape ",
-                      likes[i].sizes(), ", got ", grad.sizes());
-    TORCH_CHECK_TYPE(entries[i].wide() == (grad.scalar_type() == at::kDouble),
-                     "gaussian_weights_backward: grads[", i, "] must be float64 where its weight is, got ",
-                     grad.scalar_type());
-    grads.push_back(grad.contiguous());
   }
   std::vector<double> sums(num_sums);
   const auto kernel = kernels().gaussian_weights_backward;

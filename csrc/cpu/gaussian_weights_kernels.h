@@ -4,10 +4,11 @@
 #include "kl_kernels.h"
 #include "noise_kernels.h"
 
+#include "../gaussian_math.h"  // after the overloads for lanes
+
 namespace {
 
 constexpr ptrdiff_t kGaussianPiece = kTile;
-constexpr float kLeastWeight = 0x1p-63f;  // in magnitude: log_sigma2 of a smaller weight is that of this one
 
 // What a pass reads of one piece, in fp32.
 struct GaussianPiece {
@@ -49,9 +50,8 @@ LSF_INLINE double piece_kl(const GaussianTensor& t, GaussianPiece& piece, float*
   if (piece.weight && (normal || !t.multiplicative)) in[1].data = (void*)piece.weight;
   if (normal && t.multiplicative) {
     for_vectors(piece.n, [&](ptrdiff_t i, auto extent) {
-      const Floats size = maximum(splat(kLeastWeight), magnitude(load(piece.weight + i, extent)));
-      const Floats log_alpha = load(piece.scale + i, extent);
-      store(piece.log_sigma2 + i, fused_mul_add(splat(2.0f), logarithm(size), log_alpha), extent);
+      const Floats weight = load(piece.weight + i, extent), log_alpha = load(piece.scale + i, extent);
+      store(piece.log_sigma2 + i, gaussian_log_sigma2(weight, log_alpha), extent);
     });
     in[0].data = piece.log_sigma2;
   }
@@ -59,13 +59,11 @@ LSF_INLINE double piece_kl(const GaussianTensor& t, GaussianPiece& piece, float*
   return kl_sum(t.kl, t.prior, piece.n, in, slope ? slopes : nullptr);
 }
 
-LSF_INLINE Floats std_of(Floats log_variance) { return exponential<Floats, Words>(splat(0.5f) * log_variance); }
-
 template <bool kMean, bool kMultiplicative> LSF_INLINE void draw_piece(const GaussianPiece& piece, float* drawn) {
   for_vectors(piece.n, [&](ptrdiff_t i, auto extent) {
     const Floats mean = kMean ? load(piece.weight + i, extent) : splat(0.0f);
-    const Floats sigma = std_of(load(piece.scale + i, extent));
-    store(drawn + i, fused_mul_add(kMultiplicative ? mean * sigma : sigma, load(piece.eps + i, extent), mean), extent);
+    const Floats log_variance = load(piece.scale + i, extent), eps = load(piece.eps + i, extent);
+    store(drawn + i, gaussian_draw<Floats, Words>(kMultiplicative, mean, log_variance, eps), extent);
   });
 }
 
@@ -115,23 +113,18 @@ LSF_INLINE void piece_gradients(const GaussianPiece& piece, const float* grad, F
                                 const float* weight_slope, const GaussianTensor& t, float* to_weight,
                                 float* to_scale) {
   for_vectors(piece.n, [&](ptrdiff_t i, auto extent) {
-    const Floats g = load(grad + i, extent);
-    const Floats noise = std_of(load(piece.scale + i, extent)) * load(piece.eps + i, extent);
-    Floats w = splat(1.0f), weight_grad = g;
-    if (kMultiplicative) w = load(piece.weight + i, extent), weight_grad = fused_mul_add(g, noise, g);
-    Floats scale_grad = splat(0.5f) * g * (w * noise);
+    const Floats w = kMultiplicative ? load(piece.weight + i, extent) : splat(1.0f);
+    GaussianGradients<Floats> gradients = gaussian_gradients<Floats, Words>(
+        kMultiplicative, load(grad + i, extent), w, load(piece.scale + i, extent), load(piece.eps + i, extent));
     if (kKL != KLGradient::none)
-      scale_grad += saturate(grad_kl * saturate(load(slope + i, extent), DType::f32), t.scale.dtype);
+      gradients.scale += times_slope(grad_kl, load(slope + i, extent), t.scale.dtype == DType::f16);
     if (kKL == KLGradient::both) {
       Floats s = load(weight_slope + i, extent);
-      if (kMultiplicative) {  // dlog_sigma2 / dweight = 2 / weight
-        const Floats by_variance = splat(2.0f) * load(slope + i, extent) / w;
-        s += magnitude(w) > splat(kLeastWeight) ? by_variance : splat(0.0f);
-      }
-      weight_grad += saturate(grad_kl * saturate(s, DType::f32), t.weight.dtype);
+      if (kMultiplicative) s += slope_by_variance(w, load(slope + i, extent));
+      gradients.weight += times_slope(grad_kl, s, t.weight.dtype == DType::f16);
     }
-    store(to_weight + i, weight_grad, extent);
-    store(to_scale + i, scale_grad, extent);
+    store(to_weight + i, gradients.weight, extent);
+    store(to_scale + i, gradients.scale, extent);
   });
 }
 

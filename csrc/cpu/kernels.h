@@ -6,6 +6,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "../divergence.h"
+
 enum class DType { f32, bf16, f16 };
 
 // Tiles hold at most this many elements, so that three fp32 buffers of one stay in a 48 KiB L1.
@@ -83,14 +85,6 @@ enum class Map {
   weight_grads,  // out0 = in0 + 2 in1 a in2, out1 = a in1^2 in2, a = exp(in3)  "weight" parameterization
 };
 
-// The divergences of ops/kl.py. in[0] is log_alpha, or log_sigma2 where in[1], the weight, is there.
-enum class KL { log_uniform, log_uniform_approximate, ard, normal };
-
-// N(0, exp(log_variance)), for KL::normal
-struct Prior {
-  float inverse_std, log_variance;
-};
-
 // A parameter and what swag_sample makes of it: ops/swag.py.
 struct SwagParameter {
   NoiseStream noise;           // of the first sample, at the parameter's first element
@@ -158,7 +152,7 @@ struct Kernels {
   // tile's columns, or rows where channels are first.
   void (*lrt_sample_backward)(const LrtSampleBackward&, Tile, float* bias_sums, float* alpha_sums);
   void (*map)(Map, int64_t n, const Array* in, const Array* out);
-  // Sum of the KL of at most kTile elements; in[1].data may be null. slopes[k] = dKL / din[k], where slopes is not null.
+  // Sum of the KL of at most kTile elements. in[0] is log_alpha, or log_sigma2 where in[1], the weight, is there. slopes[k] = dKL / din[k], where slopes is not null.
   double (*kl_sum)(KL, Prior, int64_t n, const Array* in, const Array* slopes);
   // out = scale in
   void (*kl_scale)(float scale, int64_t n, const Array* in, const Array* out);

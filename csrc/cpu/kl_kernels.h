@@ -69,11 +69,7 @@ LSF_INLINE double sum_and_slopes(int64_t n, const Array* in, const Array* slopes
   return slopes ? sum_and_slopes<kIn, true>(n, in, slopes, body) : sum_and_slopes<kIn, false>(n, in, slopes, body);
 }
 
-// Within the finite numbers of a dtype, which dlog_alpha / dweight = -2 / weight leaves near 0.
-LSF_INLINE Floats saturate(Floats x, DType dtype) {
-  const Floats limit = splat(dtype == DType::f16 ? 65504.0f : 3.3895313892515355e38f);
-  return minimum(limit, maximum(-limit, x));
-}
+LSF_INLINE Floats saturate(Floats x, DType dtype) { return saturate(x, dtype == DType::f16); }
 
 template <KLTerm<Floats> (*kTerm)(Floats log_alpha)>
 LSF_INLINE double sum_of(int64_t n, const Array* in, const Array* slopes) {
@@ -101,7 +97,7 @@ LSF_INLINE double sum_of_normal(Prior prior, int64_t n, const Array* in, const A
   return sum_and_slopes<2>(n, in, slopes, [=](const Floats* x, Floats* y) {
     const KLTerm<Floats> term = kl_normal<Floats, Words>(x[1], x[0], inverse_std, log_variance);
     y[0] = term.value, y[1] = saturate(term.slope, dtype);
-    y[2] = saturate(x[1] * inverse_std * inverse_std, weight_dtype);
+    y[2] = saturate(kl_normal_weight_slope(x[1], inverse_std), weight_dtype);
   });
 }
 

@@ -96,17 +96,6 @@ __global__ void __launch_bounds__(kThreads)
 
 // ---- gradients ------------------------------------------------------------------------------------------------
 
-// The sum over a block's threads, for its thread 0.
-LSF_INLINE double block_sum(double value, double (&shared)[kThreads]) {
-  __syncthreads();  // the sum before this one has been read
-  shared[threadIdx.x] = value;
-  for (unsigned half = kThreads / 2; half > 0; half /= 2) {
-    __syncthreads();
-    if (threadIdx.x < half) shared[threadIdx.x] += shared[threadIdx.x + half];
-  }
-  return shared[threadIdx.x];
-}
-
 // The others of a row are `grads` gradients, those of all bends or none, and then `sums` bends.
 struct Gradients {
   CurveCoefficients coefficients;

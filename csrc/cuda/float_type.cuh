@@ -89,4 +89,24 @@ template <class F, class T, int N> LSF_INLINE void stream_pack(const F (&x)[N], 
   write_pack(x, to, [](auto* at, auto word) { __stcs(at, word); });
 }
 
+// N neighbours where `packs`, else the first `left` of them one by one; what is not read is 0.
+template <class F, class T, int N> LSF_INLINE void load_some(const T* from, bool packs, int64_t left, F (&x)[N]) {
+  if (packs) return load_pack(from, x);
+#pragma unroll
+  for (int e = 0; e < N; ++e) {
+    x[e] = F{};
+    if (e < left) convert(from[e], x[e]);
+  }
+}
+template <class F, class T, int N> LSF_INLINE void store_some(const F (&x)[N], T* to, bool packs, int64_t left) {
+  if (packs) return store_pack(x, to);
+#pragma unroll
+  for (int e = 0; e < N; ++e)
+    if (e < left) convert(x[e], to[e]);
+}
+template <class F, class T, int N> LSF_INLINE void stream_some(const F (&x)[N], T* to, bool packs, int64_t left) {
+  if (packs) return stream_pack(x, to);
+  store_some(x, to, false, left);
+}
+
 }  // namespace

@@ -99,6 +99,21 @@ inline unsigned blocks_for(int64_t chunks, int64_t most = 65536) {
   return static_cast<unsigned>(chunks < most ? chunks : most);
 }
 
+// The sum over each group of `width` threads, a power of two, for the first thread of the group.
+__device__ inline double group_sum(double value, unsigned width, double (&shared)[kThreads]) {
+  const unsigned lane = threadIdx.x % width;
+  __syncthreads();  // the sum before this one has been read
+  shared[threadIdx.x] = value;
+  for (unsigned half = width / 2; half > 0; half /= 2) {
+    __syncthreads();
+    if (lane < half) shared[threadIdx.x] += shared[threadIdx.x + half];
+  }
+  return shared[threadIdx.x];
+}
+__device__ inline double block_sum(double value, double (&shared)[kThreads]) {
+  return group_sum(value, kThreads, shared);
+}
+
 #ifdef __CUDACC__
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), unsigned blocks, cudaStream_t stream, const Arguments&... arguments) {

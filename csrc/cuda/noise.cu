@@ -23,7 +23,7 @@ __global__ void __launch_bounds__(kThreads)
     philox_normal(const int64_t* seed, T* out, int64_t rows, int64_t cols, int64_t row_offset, int64_t col_offset,
                   uint32_t sample) {
   constexpr int kSize = Chunk<T>::kSize, kPack = Chunk<T>::kPack;
-  const PhiloxKey key = {static_cast<uint32_t>(*seed), static_cast<uint32_t>(*seed >> 32)};
+  const PhiloxKey key = PhiloxKey::of(*seed);
   const int64_t skip = col_offset % 4, chunks = (skip + cols + kSize - 1) / kSize;
   for (int64_t r = blockIdx.y * int64_t{blockDim.y} + threadIdx.y; r < rows; r += int64_t{gridDim.y} * blockDim.y) {
     const uint64_t row = static_cast<uint64_t>(row_offset + r);
@@ -32,12 +32,8 @@ __global__ void __launch_bounds__(kThreads)
       typename Chunk<T>::Pack packs[kSize / kPack];
 #pragma unroll
       for (int j = 0; j < kSize; j += 4) {
-        const uint32_t quad = static_cast<uint32_t>((col_offset + col + j) >> 2);
-        const PhiloxWords<uint32_t> w = philox4x32_10(
-            PhiloxWords<uint32_t>{quad, static_cast<uint32_t>(row), static_cast<uint32_t>(row >> 32), sample}, key);
         float normal[4];
-        box_muller(w.w0, w.w1, normal[0], normal[1]);
-        box_muller(w.w2, w.w3, normal[2], normal[3]);
+        normal_quad(key, static_cast<uint32_t>((col_offset + col + j) >> 2), row, sample, normal);
 #pragma unroll
         for (int k = 0; k < 4; ++k) convert(normal[k], packs[(j + k) / kPack].value[(j + k) % kPack]);
       }

@@ -58,16 +58,6 @@ constexpr int kCoefficientBytes = 16384;
 template <class F> constexpr int kGroup = 32 / sizeof(F);  // samples whose low-rank parts are in registers together
 template <class F> constexpr int kCoefficients = kCoefficientBytes / sizeof(F);
 
-struct Noise {
-  PhiloxKey key;
-  LSF_INLINE void quad(uint32_t quad, int64_t row, uint32_t sample, float (&normal)[4]) const {
-    const PhiloxWords<uint32_t> counter = {quad, static_cast<uint32_t>(row), static_cast<uint32_t>(row >> 32), sample};
-    const PhiloxWords<uint32_t> w = philox4x32_10(counter, key);
-    box_muller(w.w0, w.w1, normal[0], normal[1]);
-    box_muller(w.w2, w.w3, normal[2], normal[3]);
-  }
-};
-
 // Columns of kWidth neighbours in memory: often one quad, but a place's offset and its runs may split them.
 struct Columns {
   uint32_t quad[kWidth];
@@ -86,14 +76,14 @@ struct Columns {
   }
 
   // Their normals, quad after quad.
-  LSF_INLINE void draw(const Noise& noise, int64_t row, uint32_t sample, float (&z)[kWidth]) const {
+  LSF_INLINE void draw(const PhiloxKey& key, int64_t row, uint32_t sample, float (&z)[kWidth]) const {
     uint32_t next = quad[0];
     bool more = true;
 #pragma unroll 1
     while (more) {
       const uint32_t now = next;
       float normal[4];
-      noise.quad(now, row, sample, normal);
+      normal_quad(key, now, row, sample, normal);
       more = false;
 #pragma unroll
       for (int e = kWidth - 1; e >= 0; --e) {
@@ -105,28 +95,13 @@ struct Columns {
   }
 };
 
-// kWidth elements, or the first `left` of them where there are fewer or `packs` is false
-template <class F, class T> LSF_INLINE void load(const T* from, bool packs, int64_t left, F (&x)[kWidth]) {
-  if (packs) return load_pack(from, x);
-#pragma unroll
-  for (int e = 0; e < kWidth; ++e) {
-    x[e] = F{};
-    if (e < left) convert(from[e], x[e]);
-  }
-}
-template <class F, class T> LSF_INLINE void store(const F (&x)[kWidth], T* to, bool packs, int64_t left) {
-  if (packs) return stream_pack(x, to);
-#pragma unroll
-  for (int e = 0; e < kWidth; ++e)
-    if (e < left) convert(x[e], to[e]);
-}
 template <class F>
 LSF_INLINE void store(const F (&x)[kWidth], FloatType type, void* out, int64_t i, bool packs, int64_t left) {
   switch (type) {
-    case FloatType::f64: return store(x, static_cast<double*>(out) + i, packs, left);
-    case FloatType::f32: return store(x, static_cast<float*>(out) + i, packs, left);
-    case FloatType::bf16: return store(x, static_cast<__nv_bfloat16*>(out) + i, packs, left);
-    case FloatType::f16: return store(x, static_cast<__half*>(out) + i, packs, left);
+    case FloatType::f64: return stream_some(x, static_cast<double*>(out) + i, packs, left);
+    case FloatType::f32: return stream_some(x, static_cast<float*>(out) + i, packs, left);
+    case FloatType::bf16: return stream_some(x, static_cast<__nv_bfloat16*>(out) + i, packs, left);
+    case FloatType::f16: return stream_some(x, static_cast<__half*>(out) + i, packs, left);
   }
 }
 
@@ -139,12 +114,12 @@ template <class F> struct Sample {
 
 // z2 times coefficient for every sample and column, as [group of samples][column][sample of the group].
 template <class F, int Group>
-LSF_INLINE void draw_coefficients(const Sample<F>& s, const Noise& noise, int64_t row, F* coefficients) {
+LSF_INLINE void draw_coefficients(const Sample<F>& s, const PhiloxKey& key, int64_t row, F* coefficients) {
   const int rank = s.options.rank, quads = (rank + 3) / 4, samples = static_cast<int>(s.options.samples);
   for (int i = threadIdx.x; i < quads * samples; i += kThreads) {
     const int quad = i % quads, sample = i / quads;
     float z[4];
-    noise.quad(quad, row, s.options.first_sample + sample, z);
+    normal_quad(key, quad, row, s.options.first_sample + sample, z);
 #pragma unroll
     for (int e = 0; e < 4; ++e)
       if (4 * quad + e < rank)
@@ -163,14 +138,14 @@ __global__ void __launch_bounds__(kThreads)
   alignas(16) __shared__ F coefficients[kCoefficients<F>];
   const SampleOptions& options = s.options;
   const int rank = options.rank, samples = static_cast<int>(options.samples);
-  const Noise noise = {{static_cast<uint32_t>(*options.seed), static_cast<uint32_t>(*options.seed >> 32)}};
+  const PhiloxKey key = PhiloxKey::of(*options.seed);
   int64_t drawn = -1;  // row of the noise that the coefficients are from
 
   for_chunks(table, blockIdx.x, gridDim.x, [&](const SampleTensors& t, int64_t first, int) {
     const int64_t z2_row = options.num_params + (options.block ? 1 + t.row : 0);
     if (rank > 0 && z2_row != drawn) {
       __syncthreads();
-      draw_coefficients<F, Group>(s, noise, z2_row, coefficients);
+      draw_coefficients<F, Group>(s, key, z2_row, coefficients);
       __syncthreads();
       drawn = z2_row;
     }
@@ -182,8 +157,8 @@ __global__ void __launch_bounds__(kThreads)
     const Columns columns(t, i);
     const D* deviations = static_cast<const D*>(t.deviations) + i;
     F mean[kWidth], m2[kWidth];
-    load(static_cast<const F*>(t.mean) + i, packs, left, mean);
-    load(static_cast<const F*>(t.m2) + i, packs, left, m2);
+    load_some(static_cast<const F*>(t.mean) + i, packs, left, mean);
+    load_some(static_cast<const F*>(t.m2) + i, packs, left, m2);
 
 #pragma unroll 1
     for (int begin = 0; begin < samples; begin += Group) {
@@ -195,7 +170,7 @@ __global__ void __launch_bounds__(kThreads)
         F row[kAhead][kWidth];
 #pragma unroll
         for (int k = 0; k < kAhead; ++k)
-          if (j + k < rank) load(deviations + (j + k) * numel, packs, left, row[k]);
+          if (j + k < rank) load_some(deviations + (j + k) * numel, packs, left, row[k]);
 #pragma unroll
         for (int k = 0; k < kAhead; ++k)
           if (j + k < rank)
@@ -208,7 +183,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll 1
       for (int g = 0; g < Group && begin + g < samples; ++g) {
         float z[kWidth];
-        columns.draw(noise, t.row, options.first_sample + begin + g, z);
+        columns.draw(key, t.row, options.first_sample + begin + g, z);
         F weight[kWidth];
 #pragma unroll
         for (int e = 0; e < kWidth; ++e)

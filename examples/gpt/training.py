@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 import losssurf_fast as lsf
 from benchmarks.eager import eager_kl, with_eager_layers
-from benchmarks.measure import Step, peak_mib
+from benchmarks.timing import Step, peak_mib
 from examples.gpt.corpus import Corpus
 from examples.gpt.model import GPT
 

@@ -10,7 +10,10 @@ from losssurf_fast.nn.lrt import LRTLayer
 from losssurf_fast.nn.stochastic import stochastic_layers
 from losssurf_fast.weight_sampling import sample_weights
 
-_ATTRIBUTES = ("parameterization", "init_log_sigma2", "init_log_alpha", "sampling", "prediction_scheme", "drawn")
+_ATTRIBUTES = (
+    "parameterization", "init_log_sigma2", "init_log_alpha", "sampling", "prediction_scheme", "drawn", "variances",
+    "variance_dtype",
+)  # fmt: skip
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from losssurf_fast.averaging import tensors
 
 T_PER_RANK = ("same", "stratified")
+LOSES_COMPILED_GRADIENTS = torch.__version__ < (2, 13)  # seen with 2.11: zeros, where 2.13 is right
 _all_gather = getattr(collectives, "all_gather_single", None) or collectives.all_gather_tensor
 _reduce_scatter = getattr(collectives, "reduce_scatter_single", None) or collectives.reduce_scatter_tensor
 
@@ -128,7 +129,13 @@ class _Whole(torch.autograd.Function):
 
 
 def whole(layout: Layout, parts: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Whole tensors on every rank; backward gives each the mean over the ranks of its part's gradient."""
+    """Whole tensors on every rank; backward gives each the mean over the ranks of its part's gradient.
+
+    Raises:
+        NotImplementedError: under ``torch.compile`` of a torch that loses these gradients.
+    """
+    if LOSES_COMPILED_GRADIENTS and torch.compiler.is_compiling():
+        raise NotImplementedError("Curve: sharded bends under torch.compile need torch 2.13 or newer")
     return list(_Whole.apply(layout, *parts))
 
 

@@ -56,6 +56,7 @@ class LRTLayer(StochasticLayer):
     init_log_sigma2: float | None
     init_log_alpha: float | None
     sampling: str = "local"
+    variance_dtype: torch.dtype | None = None  # of the variance GEMM where not x's; LRTLinear can have one
     variances: VarianceCache | None = None  # those that lsf.cached_variances has it keep
     drawn: Drawn | None = None  # the weights that lsf.sample_weights has it compute with, by their posteriors' names
 

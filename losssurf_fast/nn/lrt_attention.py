@@ -208,7 +208,7 @@ class _Projection:
     def __init__(self, layer: LRTMultiheadAttention, name: str, outputs: slice, of_weight: slice) -> None:
         self.name, self.of_weight, self.column = name, of_weight, outputs.start
         self.parameterization, self.sampling = layer.parameterization, layer.sampling
-        self.variances = layer.variances
+        self.variances, self.variance_dtype = layer.variances, layer.variance_dtype
         weight, scale = self.held = getattr(layer, name), getattr(layer, layer.scale_name_of(name))
         self.weight = None if weight is None else weight[of_weight]
         self.scale = scale if self.parameterization == "layer" else scale[of_weight]
@@ -221,7 +221,7 @@ class _Projection:
     def local(self, input: torch.Tensor, seed: torch.Tensor) -> torch.Tensor:
         return ops.lrt_linear(
             input, self.weight, self.scale, self.bias, parameterization=self.parameterization, seed=seed,
-            col_offset=self.column,
+            col_offset=self.column, variance_dtype=self.variance_dtype,
             variance_operand=cached_operand(
                 self, (self.name, self.of_weight.start), self.held, input, self.weight, self.scale
             ),

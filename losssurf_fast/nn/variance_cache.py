@@ -11,15 +11,14 @@ from losssurf_fast.ops.lrt_operand import VarianceOperand, lrt_variance_operand,
 class VarianceCache(dict):
     """What a layer inside ``lsf.cached_variances`` has made, by slot; its copies and pickles have none."""
 
-    def operand(self, slot: Hashable, held: tuple, x: torch.Tensor, make) -> VarianceOperand | None:
-        """sigma^2 for activations ``x``, by ``make(dtype)`` unless it is known; None where it cannot be kept.
+    def operand(self, slot: Hashable, held: tuple, dtype: torch.dtype, make) -> VarianceOperand | None:
+        """sigma^2 in ``dtype``, by ``make(dtype)`` unless it is known; None where it cannot be kept.
 
         It is known for the very tensors ``held``, if nothing has written to them. Holding them keeps another tensor
         from taking their place in memory.
         """
         if torch.compiler.is_compiling() or composite_needed() or any(t.is_inference() for t in held):
             return None  # nobody counts the writes
-        dtype = operand_dtype(autocast_dtype_of(x))
         written = [t._version for t in held]
         known = self.get(slot)
         if known is None or not known.serves(held, written, dtype):
@@ -45,9 +44,11 @@ class _Known:
 def cached_operand(layer, slot: Hashable, held: tuple, x, weight, scale) -> VarianceOperand | None:
     """The operand of ``weight`` and ``scale``, which are or are parts of the parameters ``held``.
 
-    None where ``layer`` keeps none: it has a ``parameterization`` and ``variances``, a cache or None.
+    None where ``layer`` keeps none. It has a ``parameterization``, a ``variance_dtype`` and ``variances``, a cache or
+    None.
     """
     if layer.variances is None:
         return None
     make = lambda dtype: lrt_variance_operand(weight, scale, parameterization=layer.parameterization, dtype=dtype)
-    return layer.variances.operand(slot, tuple(t for t in held if t is not None), x, make)
+    dtype = layer.variance_dtype or operand_dtype(autocast_dtype_of(x))
+    return layer.variances.operand(slot, tuple(t for t in held if t is not None), dtype, make)

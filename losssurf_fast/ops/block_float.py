@@ -27,7 +27,7 @@ otherwise two.
 
 import torch
 
-from losssurf_fast._library import composite_needed, define
+from losssurf_fast._library import composite_needed, define, register_vmap
 from losssurf_fast.ops.averaging import AVERAGING_DTYPES
 from losssurf_fast.ops.noise import as_seed, check_stream, philox_words_reference
 
@@ -141,6 +141,24 @@ define(
     fake=_block_float_dequantize_fake,
 )
 
+
+def _one_by_one(name):
+    """A vmap rule: one call for each example, since a block is never larger than one of them."""
+
+    def rule(info, in_dims, *args):
+        op = getattr(torch.ops.losssurf_fast, name).default
+        example = lambda i: [a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True)]
+        results = [op(*example(i)) for i in range(info.batch_size)]
+        if isinstance(results[0], torch.Tensor):
+            return torch.stack(results), 0
+        return tuple(map(torch.stack, zip(*results, strict=True))), (0, 0)
+
+    return rule
+
+
+for _name in ("block_float_quantize", "block_float_dequantize"):
+    register_vmap(_name, _one_by_one(_name))
+
 # ---- public functions -----------------------------------------------------------------------------------------------
 
 
@@ -193,18 +211,13 @@ def block_float(
     """
     name = "block_float"
     per_row, seed = _check_arguments(name, x, word_length, seed, block, stochastic, row_offset, col_offset, sample)
-    plain = x.detach()
-    if composite_needed():
-        parts = block_float_quantize_reference(
-            plain, seed, word_length, per_row, row_offset, col_offset, sample, stochastic
-        )
-        value = block_float_dequantize_reference(*parts, word_length)
-        return _StraightThroughForward.apply(x, _within(value, x.dtype))
     ops = torch.ops.losssurf_fast
     parts = ops.block_float_quantize.default(
-        plain, seed, word_length, per_row, row_offset, col_offset, sample, stochastic
+        x.detach(), seed, word_length, per_row, row_offset, col_offset, sample, stochastic
     )
     value = _within(ops.block_float_dequantize.default(*parts, word_length), x.dtype)
+    if composite_needed():
+        return _StraightThroughForward.apply(x, value)
     return _StraightThrough.apply(x, value) if x.requires_grad and torch.is_grad_enabled() else value
 
 

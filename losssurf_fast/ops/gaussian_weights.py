@@ -19,7 +19,8 @@ have more variance than by local reparameterization (``ops/lrt.py``); in return 
 Noise (ops/noise.py): of tensor p, row = row_offset + p and column = the flat index, whatever the memory format.
 
 Numerics: fp32 (fp64 for fp64) per weight, whatever the dtypes; the KL and the gradient of a scale that several weights
-share are summed in fp32 over 2048 weights at most and in fp64 beyond, alike for any number of threads. Nothing is saved
+share are summed in fp32 over 2048 weights at most and in fp64 beyond, alike for any number of threads and on every GPU.
+Draws and the other gradients have the CPU's bits there; lists with an fp64 tensor take the reference. Nothing is saved
 for backward but the parameters and the seed. Results are contiguous; on the CPU small ones share allocations of up to
 8 MiB, which live as long as any tensor in them.
 
@@ -39,7 +40,7 @@ from losssurf_fast._library import (
     explain_missing,
     register_autograd_kernel,
 )
-from losssurf_fast.ops.averaging import as_tensors
+from losssurf_fast.ops.averaging import NO_CUDA, as_tensors
 from losssurf_fast.ops.kl import (
     KL_DTYPES,
     kl_ard_slopes_reference,
@@ -251,7 +252,7 @@ define(
     reference=gaussian_weights_backward_reference,
     fake=_gaussian_weights_backward_fake,
 )
-explain_missing("cuda", "drawn tensor by tensor, with Triton's noise", "gaussian_weights", "gaussian_weights_backward")
+explain_missing("cuda", NO_CUDA, "gaussian_weights", "gaussian_weights_backward")  # where it has, this is not asked
 
 
 def _has_kl(parameterizations, prior) -> bool:

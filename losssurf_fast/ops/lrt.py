@@ -36,12 +36,11 @@ from losssurf_fast._library import (
 )
 from losssurf_fast.ops.lrt_operand import (
     FLOAT8,
-    FLOAT8_CAPABILITY,
-    FLOAT8_MULTIPLE,
     VarianceOperand,
+    as_variance_dtype,
+    check_float8,
     check_kind,
     check_scale_and_bias,
-    float8_missing,
     float8_product,
     lrt_variance_operand,
     operand_dtype,
@@ -203,32 +202,33 @@ def check_parameters(x, weight, scale, bias, parameterization) -> None:
 def chosen_operand(x, weight, scale, parameterization, variance_dtype, operand) -> tuple[torch.Tensor, ...]:
     """The variance operand that :func:`lrt_linear` was given, checked, or that of ``variance_dtype``."""
     name, matrix = "lrt_linear", scale if weight is None else weight
-    if variance_dtype not in (None, FLOAT8, "float8_e4m3fn"):
-        raise ValueError(f"{name}: variance_dtype must be None or 'float8_e4m3fn', got {variance_dtype!r}")
+    if variance_dtype is None and operand is None:
+        return ()
+    as_variance_dtype(name, variance_dtype)
     if operand is not None:
         if not isinstance(operand, VarianceOperand):
             raise TypeError(f"{name}: variance_operand must be a VarianceOperand, got {type(operand).__name__}")
         wanted = FLOAT8 if variance_dtype is not None or operand.row_scale is not None else operand_dtype(x.dtype)
-        if operand.sigma2.dtype != wanted or operand.sigma2.shape != matrix.shape or operand.sigma2.device != x.device:
-            found = f"{operand.sigma2.dtype} {tuple(operand.sigma2.shape)} on {operand.sigma2.device}"
-            raise ValueError(
-                f"{name}: variance_operand must be {wanted} {tuple(matrix.shape)} on {x.device}, got {found}"
-            )
+        check_operand(operand.sigma2, "variance_operand", wanted, tuple(matrix.shape), x.device)
         if wanted != FLOAT8:
             return (operand.sigma2,)
+        check_operand(operand.row_scale, "row_scale of variance_operand", torch.float32, matrix.shape[:1], x.device)
     if x.dtype != torch.bfloat16:
         raise TypeError(f"{name}: variance_dtype float8_e4m3fn needs x in torch.bfloat16, got {x.dtype}")
-    if any(size % FLOAT8_MULTIPLE for size in matrix.shape):
-        raise ValueError(
-            f"{name}: variance_dtype float8_e4m3fn needs weights whose sizes are multiples of {FLOAT8_MULTIPLE}, "
-            f"got {tuple(matrix.shape)}"
+    if composite_needed():
+        raise NotImplementedError(
+            f"{name}: variance_dtype float8_e4m3fn does not run under torch.func transforms or forward-mode AD"
         )
-    if missing := float8_missing(x.device):
-        needed = "a GPU of compute capability {}.{} or more".format(*FLOAT8_CAPABILITY)
-        raise RuntimeError(f"{name}: variance_dtype float8_e4m3fn needs {needed}, got {missing}")
+    check_float8(name, matrix)
     if operand is None:
         operand = lrt_variance_operand(weight, scale, parameterization=parameterization, dtype=FLOAT8)
     return operand
+
+
+def check_operand(t, what: str, dtype: torch.dtype, shape, device: torch.device) -> None:
+    if t is None or t.dtype != dtype or t.shape != shape or t.device != device:
+        found = None if t is None else f"{t.dtype} {tuple(t.shape)} on {t.device}"
+        raise ValueError(f"lrt_linear: {what} must be {dtype} {tuple(shape)} on {device}, got {found}")
 
 
 def lrt_linear(
@@ -282,15 +282,9 @@ def lrt_linear(
     seed = as_seed("lrt_linear", seed, x.device)
     rows = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     inputs = (rows, weight, scale, bias, seed, parameterization, row_offset, col_offset, sample)
-    operand = ()
-    if variance_dtype is not None or variance_operand is not None:
-        operand = chosen_operand(x, weight, scale, parameterization, variance_dtype, variance_operand)
-    if not composite_needed():
-        y, _ = torch.ops.losssurf_fast.lrt_linear.default(*inputs, *operand)
-    elif operand and operand[0].dtype == FLOAT8:
-        raise NotImplementedError(
-            "lrt_linear: variance_dtype float8_e4m3fn does not run under torch.func transforms or forward-mode AD"
-        )
-    else:  # which differentiates through sigma^2
+    operand = chosen_operand(x, weight, scale, parameterization, variance_dtype, variance_operand)
+    if composite_needed():  # which differentiates through sigma^2
         y, _ = lrt_linear_reference(*inputs)
+    else:
+        y, _ = torch.ops.losssurf_fast.lrt_linear.default(*inputs, *operand)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], matrix.shape[0])

@@ -168,6 +168,8 @@ def linear_two_gemms(
     """
     operand = operand_dtype(x.dtype)
     if row_scale is not None:
+        # The cast is a pass of its own: in one with sigma^2's, fp32 weights and scales would move 11 bytes each and not
+        # 15, a few per cent of the GEMMs that float8 is for, and sigma^2 could not be made ahead of time.
         a, w = x, None if weight is None else weight.to(operand)
         var = float8_product(x, sigma2, row_scale)
     else:
@@ -188,14 +190,16 @@ def contiguous(*tensors):
     return (t if t is None else t.contiguous() for t in tensors)
 
 
-def choose(x, weight, scale, parameterization) -> Tile | None:
-    """Tile of the dual-accumulator kernels, or None for library GEMMs."""
+def choose(x, weight, scale, parameterization, sigma2=None) -> Tile | None:
+    """Tile of the dual-accumulator kernels, or None for library GEMMs; ``sigma2`` is what they load of it, if any."""
     capability = torch.cuda.get_device_capability(x.device) if x.is_cuda else (9, 0)
     out_features = (scale if weight is None else weight).shape[0]
     if linear_strategy(x.shape[0], out_features, x.shape[1], x.dtype, parameterization, capability) == "two_gemms":
         return None
     parameter_dtype = (scale if weight is None else weight).dtype
-    if parameterization not in OUTPUT_ALPHA:
+    if sigma2 is not None:
+        parameter_dtype = torch.promote_types(parameter_dtype, sigma2.dtype)
+    elif parameterization not in OUTPUT_ALPHA:
         parameter_dtype = torch.promote_types(parameter_dtype, scale.dtype)
     return dual_tile(x.shape[0], x.dtype, parameter_dtype, capability)
 
@@ -204,10 +208,11 @@ def lrt_linear_triton(
     x, weight, scale, bias, seed, parameterization, row_offset=0, col_offset=0, sample=0, sigma2=None, row_scale=None
 ):
     place = (row_offset, col_offset, sample)
-    if x.dtype == torch.float64 or x.shape[0] == 0 or (scale if weight is None else weight).shape[0] == 0:
+    nothing = x.numel() == 0 if row_scale is not None else x.shape[0] == 0  # torch._scaled_mm takes no empty sums
+    if x.dtype == torch.float64 or nothing or (scale if weight is None else weight).shape[0] == 0:
         return lrt_linear_reference(x, weight, scale, bias, seed, parameterization, *place, sigma2, row_scale)
     x, weight, scale, bias, sigma2 = contiguous(x, weight, scale, bias, sigma2)
-    tile = choose(x, weight, scale, parameterization) if row_scale is None else None
+    tile = choose(x, weight, scale, parameterization, sigma2) if row_scale is None else None
     if tile is None:
         return linear_two_gemms(x, weight, scale, bias, seed, parameterization, *place, sigma2, row_scale)
     return linear_dual(x, weight, scale, bias, seed, parameterization, *place, tile, sigma2)

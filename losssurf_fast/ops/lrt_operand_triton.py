@@ -1,7 +1,9 @@
 """Triton kernels that make the operands of an LRT layer's GEMMs: one pass over weights and scales, or over x.
 
-float8 operands (``ops/lrt_operand.py``) need the largest element of a row before its first can be written, so a program
-has a row of its own and goes over it twice; the second time it comes from the caches.
+float8 operands (``ops/lrt_operand.py``) need the largest element of a row before its first can be written. A program
+has rows of its own and holds them in registers; rows of more than 16384 elements it reads twice, the second time from
+the caches. Few rows leave multiprocessors idle (64 rows use 64): splitting them would take a second launch, which costs
+more than the half megabyte that 64 rows of 4096 are.
 """
 
 import torch
@@ -9,12 +11,12 @@ import triton
 import triton.language as tl
 
 from losssurf_fast._library import attach, device_guard
-from losssurf_fast.ops.lrt_operand import FLOAT8, lrt_variance_operand_reference
+from losssurf_fast.ops.lrt_operand import FLOAT8, check_float8_device, lrt_variance_operand_reference
 from losssurf_fast.ops.lrt_sample_triton import exact_exp
 
 OUTPUT_ALPHA = ("layer", "neuron")  # alpha is applied to var in output space
 ELEMENTS = 1024  # of an operand, per program
-ROW_ELEMENTS = 1024  # of a row of float8, at a time
+ROW_ELEMENTS = 16384  # of the longest row of float8 that a program's registers hold
 
 # ---- operands ------------------------------------------------------------------------------------------------------
 
@@ -82,7 +84,7 @@ def operands(weight, scale, parameterization, dtype, both=True) -> tuple[torch.T
 
 @triton.jit
 def _row_tile(weight_ptr, scale_ptr, offs, mask, PARAMETERIZATION: tl.constexpr):
-    """sigma^2 of elements ``offs`` of the row, fp32; 0 where masked."""
+    """sigma^2 of elements ``offs``, fp32; 0 where masked."""
     weight = 0.0
     scale = 0.0
     if weight_ptr is not None:
@@ -98,46 +100,72 @@ def _float8_rows_kernel(
     scale_ptr,  # [rows, cols]; None for "layer" and "neuron"
     out_ptr,  # [rows, cols]
     row_scale_ptr,  # fp32 [rows]
+    rows,
     cols,
     PARAMETERIZATION: tl.constexpr,
-    BLOCK: tl.constexpr,
+    WHOLE: tl.constexpr,  # a tile has whole rows
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64) * cols
-    largest = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, cols, BLOCK):
-        offs = start + tl.arange(0, BLOCK)
-        values = _row_tile(weight_ptr, scale_ptr, row + offs, offs < cols, PARAMETERIZATION)
-        largest = tl.where(values > largest, values, largest) + (values - values)  # NaN if not finite
-    largest = tl.max(largest, axis=0) + (tl.sum(largest, axis=0) * 0.0)
-    # The power of two that brings the largest, mantissa 2^exponent, under 448 = 7/4 2^8.
-    bits = largest.to(tl.uint32, bitcast=True)
-    exponent = (bits >> 23).to(tl.int32) - 8 + tl.where((bits & 0x7FFFFF) > 0x600000, 1, 0)
-    exponent = tl.where(largest > 0.0, tl.where(exponent < 1, 1, exponent), 127)
-    scale = (exponent << 23).to(tl.float32, bitcast=True) + (largest - largest)
-    inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
-    tl.store(row_scale_ptr + tl.program_id(0), scale)
-    for start in range(0, cols, BLOCK):
-        offs = start + tl.arange(0, BLOCK)
-        mask = offs < cols
-        values = _row_tile(weight_ptr, scale_ptr, row + offs, mask, PARAMETERIZATION) * inverse
-        tl.store(out_ptr + row + offs, (values + (scale - scale)).to(out_ptr.dtype.element_ty), mask=mask)
+    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = tl.arange(0, BLOCK_N)[None, :]
+    mask_m = offs_m < rows
+    row = offs_m[:, None] * cols
+    # Bits of numbers that are not negative have the numbers' order, and above them infinity, then NaN.
+    if WHOLE:
+        mask = mask_m[:, None] & (offs_n < cols)
+        values = _row_tile(weight_ptr, scale_ptr, row + offs_n, mask, PARAMETERIZATION)
+        largest = values.to(tl.uint32, bitcast=True)
+    else:
+        largest = tl.zeros((BLOCK_M, BLOCK_N), tl.uint32)
+        for start in range(0, cols, BLOCK_N):
+            mask = mask_m[:, None] & (start + offs_n < cols)
+            values = _row_tile(weight_ptr, scale_ptr, row + start + offs_n, mask, PARAMETERIZATION)
+            bits = values.to(tl.uint32, bitcast=True)
+            largest = tl.where(bits > largest, bits, largest)
+    largest = tl.max(largest, axis=1)
+    # The exponent of ops/lrt_operand.py's float8_rows.
+    exponent = ((largest + 0x1FFFFF) >> 23).to(tl.int32) - 8
+    exponent = tl.where(exponent < 1, 1, exponent)
+    finite = largest < 0x7F800000
+    scale = tl.where(finite, (exponent << 23).to(tl.float32, bitcast=True), float("nan"))
+    inverse = tl.where(finite, ((254 - exponent) << 23).to(tl.float32, bitcast=True), float("nan"))[:, None]
+    tl.store(row_scale_ptr + offs_m, scale, mask=mask_m)
+    if WHOLE:
+        tl.store(out_ptr + row + offs_n, (values * inverse).to(out_ptr.dtype.element_ty), mask=mask)
+    else:
+        for start in range(0, cols, BLOCK_N):
+            mask = mask_m[:, None] & (start + offs_n < cols)
+            values = _row_tile(weight_ptr, scale_ptr, row + start + offs_n, mask, PARAMETERIZATION)
+            tl.store(out_ptr + row + start + offs_n, (values * inverse).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def row_tile(cols: int) -> dict[str, int | bool]:
+    """Tile of ``_float8_rows_kernel``: 16 elements for a thread, so that it stores 16 bytes at once."""
+    whole = cols <= ROW_ELEMENTS
+    block_n = max(triton.next_power_of_2(cols), 16) if whole else 4096
+    block_m = max(1, 2048 // block_n)
+    return {"WHOLE": whole, "BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": block_m * block_n // 512}
 
 
 def float8_rows(weight, scale, parameterization, out_dtype=FLOAT8) -> tuple[torch.Tensor, torch.Tensor]:
     """sigma^2 in float8 and its row scales; of (x, None, "layer") those of x^2. The inputs are contiguous."""
     matrix = scale if weight is None else weight
+    if matrix.is_cuda:
+        check_float8_device("lrt_linear", matrix.device)
     out = torch.empty_like(matrix, dtype=out_dtype)
     row_scale = torch.empty(matrix.shape[0], dtype=torch.float32, device=matrix.device)
+    tile = row_tile(matrix.shape[1])
     if matrix.shape[0] > 0:
         with device_guard(matrix):
-            _float8_rows_kernel[(matrix.shape[0],)](
+            _float8_rows_kernel[(triton.cdiv(matrix.shape[0], tile["BLOCK_M"]),)](
                 weight,
                 None if parameterization in OUTPUT_ALPHA else scale,
                 out,
                 row_scale,
-                matrix.shape[1],
+                *matrix.shape,
                 PARAMETERIZATION=parameterization,
-                BLOCK=ROW_ELEMENTS,
+                **tile,
             )
     return out, row_scale
 

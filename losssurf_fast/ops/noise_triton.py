@@ -119,9 +119,7 @@ def normal_tile(seed, row, quad, sample, BLOCK_M: tl.constexpr, BLOCK_N: tl.cons
 
 
 @triton.jit
-def tile_normals(
-    seed, offs_m, start_n, row_offset, first_quad, sample, BLOCK_N: tl.constexpr, QUADS: tl.constexpr = 1
-):
+def tile_normals(seed, offs_m, start_n, row_offset, first_quad, sample, BLOCK_N: tl.constexpr, QUADS: tl.constexpr = 1):
     """Noise of local rows ``offs_m`` (int64) and the BLOCK_N columns from tile column ``start_n``, a multiple of 4."""
     quad = (first_quad.to(tl.int64) + start_n // 4).to(tl.uint32)
     quad += tl.arange(0, BLOCK_N // (4 * QUADS)).to(tl.uint32) * QUADS

@@ -1,11 +1,14 @@
 """Cases of the dual-accumulator kernels of ``ops/lrt_linear_triton.py`` and ``ops/lrt_linear_backward_triton.py``."""
 
+from dataclasses import replace
+
 import torch
 import triton.language as tl
 
 from aot import TYPES, Case, mma_of, sizes_one
 from losssurf_fast.ops import lrt_linear_backward_triton, lrt_linear_triton
 from losssurf_fast.ops.lrt_operand import operand_dtype
+from losssurf_fast.ops.lrt_operand_triton import OUTPUT_ALPHA
 from losssurf_fast.ops.lrt_strategy import Tile, dual_tile, parameter_tile
 from losssurf_fast.ops.noise_triton import EXACT
 
@@ -40,6 +43,14 @@ def dual_case(kernel, tile: Tile, x_type, parameter_type, parameterization, **co
                 wide_copies=x_type == torch.bfloat16)  # fmt: skip
 
 
+def ready(case: Case) -> Case:
+    """``case`` of the forward where sigma^2 is made ahead of time and loaded."""
+    pointers = case.pointers | {"sigma2_ptr": case.pointers["var_ptr"]}
+    if case.constants["PARAMETERIZATION"] not in OUTPUT_ALPHA:
+        del pointers["scale_ptr"]
+    return replace(case, name=f"{case.name}, sigma2 ready", pointers=pointers)
+
+
 def cases(arch: int) -> list[Case]:
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     forward, grad_input = lrt_linear_triton._lrt_linear_kernel, lrt_linear_backward_triton._grad_input_kernel
@@ -55,6 +66,8 @@ def cases(arch: int) -> list[Case]:
         found += [dual_case(kernel, tile(64, bf16, bf16), bf16, bf16, "neuron")]
     found += [dual_case(grad_parameters, parameter_tile(64, mix[0]), *mix) for mix in mixes]
     found += [dual_case(forward, tile(64, bf16, bf16), bf16, bf16, p) for p in ("additive", "variance")]
+    found += [ready(dual_case(forward, tile(rows, *mix[:2]), *mix)) for rows in (16, 64) for mix in mixes]
+    found += [ready(dual_case(forward, tile(128, bf16, bf16), bf16, bf16, p)) for p in ("additive", "neuron")]
     odd = dual_case(forward, tile(64, bf16, bf16), bf16, bf16, "additive", EVEN_K=False)
     odd.name += ", odd I"
     ones = [
