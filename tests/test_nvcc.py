@@ -9,8 +9,15 @@ import pytest
 from torch.utils import cpp_extension
 
 CUDA_SOURCES = pathlib.Path(__file__).parent.parent / "csrc/cuda"
-# With 256 threads, blocks on a multiprocessor: five, six, two, three, and four.
-REGISTERS = {"noise.cu": 48, "averaging.cu": 40, "swag.cu": 128, "curve.cu": 80, "gaussian_weights.cu": 64}
+# Registers of a thread: with 256 threads six blocks are on a multiprocessor at 40, five at 48, four at 64, three at 80
+# and two at 128.
+REGISTERS = {
+    "noise.cu": {"philox_normal": 48},
+    "averaging.cu": {"multi_tensor": 40},
+    "swag.cu": {"multi_tensor": 40, "swag_sample": 128},
+    "curve.cu": {"curve_weights": 80, "curve_gradients": 80, "curve_sum": 32},
+    "gaussian_weights.cu": {"gaussian_draws": 64, "gaussian_gradients_of": 64, "gaussian_scale_sums": 64},
+}
 nvcc = shutil.which("nvcc")
 pytestmark = pytest.mark.skipif(nvcc is None, reason="no nvcc")
 
@@ -24,10 +31,14 @@ def test_kernels_compile(source, arch, tmp_path):
     command = [nvcc, *flags, "-c", str(CUDA_SOURCES / source), "-o", str(tmp_path / "kernel.o")]
     run = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
-    registers = [int(n) for n in re.findall(r"Used (\d+) registers", run.stderr)]
+    used = {}  # the largest number of every kernel, over its instances
+    for symbol, registers in re.findall(r"Compiling entry function '(\w+)'.*?Used (\d+) registers", run.stderr, re.S):
+        (name,) = [name for name in REGISTERS[source] if re.search(rf"{len(name)}{name}[IE]", symbol)]
+        used[name] = max(used.get(name, 0), int(registers))
+    assert used.keys() == REGISTERS[source].keys()
+    assert all(used[name] <= budget for name, budget in REGISTERS[source].items()), used
     spills = [int(n) for n in re.findall(r"(\d+) bytes (?:spill|stack)", run.stderr)]
-    assert registers and max(registers) <= REGISTERS[source], run.stderr
-    assert len(spills) == 3 * len(registers) and not any(spills), run.stderr
+    assert spills and not any(spills), run.stderr
     for kernel in (tmp_path / source).with_suffix(".ptx").read_text().split(".entry ")[1:]:
         assert_vectors(kernel)
 

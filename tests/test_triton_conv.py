@@ -279,7 +279,7 @@ def test_tiles(channels, positions):
     """A tile has 1024 elements where there are as many, and 64 neighbours in memory where there are."""
     for memory_format in ("contiguous", "channels_last"):
         view = lrt_sample_triton.View(2, channels, positions, memory_format, channels)
-        tiles = view.tiles(0)
+        tiles = view.tiles(0, 4)
         height, width = tiles["BLOCK_M"], tiles["BLOCK_N"]
         assert width % 4 == 0 and height * width <= 1024
         neighbours, size = (width, positions) if memory_format == "contiguous" else (height, channels)

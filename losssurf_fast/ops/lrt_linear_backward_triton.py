@@ -214,8 +214,10 @@ def _grad_parameters_kernel(
     offs_n = (tl.program_id(0) % num_n).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_m, mask_n = (offs_m < O)[None, :], (offs_n < I)[None, :]
 
-    acc_weight = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    acc_sigma2 = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    # Gradients are accumulated transposed, x^T grad: wgmma takes its first operand, here x^2, from registers, and the
+    # second only from shared memory, on whose way it would have to finish in every step.
+    acc_weight = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    acc_sigma2 = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     tl.assume(M > 0)
     for k in range(0, M, BLOCK_K):
         offs_k = k + tl.arange(0, BLOCK_K)
@@ -224,14 +226,14 @@ def _grad_parameters_kernel(
         x = tl.load(x_ptr + rows * I + offs_n[None, :], mask=mask_k & mask_n, other=0.0)
         if grad_weight_ptr is not None:
             grad = tl.load(grad_ptr + rows * O + offs_m[None, :], mask=mask_k & mask_m, other=0.0)
-            acc_weight = tl.dot(grad.to(OPERAND).T, x.to(OPERAND), acc_weight, input_precision=PRECISION)
+            acc_weight = tl.dot(x.to(OPERAND).T, grad.to(OPERAND), acc_weight, input_precision=PRECISION)
         if grad_var_ptr is not None:
             grad_var = tl.load(grad_var_ptr + rows * O + offs_m[None, :], mask=mask_k & mask_m, other=0.0)
             x2 = (x.to(tl.float32) * x.to(tl.float32)).to(OPERAND)
-            acc_sigma2 = tl.dot(grad_var.T, x2, acc_sigma2, input_precision=PRECISION)
+            acc_sigma2 = tl.dot(x2.T, grad_var, acc_sigma2, input_precision=PRECISION)
 
-    offs = offs_m[:, None] * I + offs_n[None, :]
-    mask = (offs_m < O)[:, None] & mask_n
+    offs = offs_m[None, :] * I + offs_n[:, None]  # [N, M] like the accumulators
+    mask = mask_m & (offs_n < I)[:, None]
     _store_gradients(acc_weight, acc_sigma2, weight_ptr, scale_ptr, grad_weight_ptr, grad_scale_ptr, offs, mask)
 
 

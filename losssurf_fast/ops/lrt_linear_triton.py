@@ -17,12 +17,11 @@ from losssurf_fast.ops.lrt import lrt_linear_reference
 from losssurf_fast.ops.lrt_operand import operand_dtype
 from losssurf_fast.ops.lrt_operand_triton import OUTPUT_ALPHA, float8_rows, operands, variance_operand
 from losssurf_fast.ops.lrt_sample_triton import (
-    _EPSILON,
     matrix_view,
-    nonnegative,
     output_alpha,
     output_of,
     sample_pass,
+    sample_variance,
 )
 from losssurf_fast.ops.lrt_strategy import Tile, dual_tile, linear_strategy
 from losssurf_fast.ops.noise_triton import EXACT, PLACE_ARGUMENTS, tile_normals
@@ -108,9 +107,9 @@ def _lrt_linear_kernel(
     mask = (offs_m < M)[:, None] & mask_n[None, :]
     offs = offs_m[:, None] * O + offs_n[None, :]
     tl.store(var_ptr + offs, acc_var.to(OPERAND), mask=mask)
-    eps = tile_normals(seed_ptr, offs_m, start_n, row_offset, first_quad, sample, BLOCK_N)
+    eps = tile_normals(tl.load(seed_ptr), offs_m, start_n, row_offset, first_quad, sample, BLOCK_N)
     alpha = output_alpha(scale_ptr, offs_n[None, :], mask_n[None, :], PARAMETERIZATION)
-    y = acc_mean + tl.sqrt(nonnegative(acc_var * alpha) + _EPSILON) * eps
+    y = tl.fma(tl.sqrt(sample_variance(acc_var, alpha)), eps, acc_mean)
     if bias_ptr is not None:
         y += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
     tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=mask)

@@ -2,7 +2,7 @@
 
 As a pass of ``lrt_linear`` or ``lrt_conv`` the forward kernel also adds the bias and the "layer" and "neuron" forms
 scale the variance by alpha; the backward kernel also returns, in the same pass, the sums that make the gradients of
-bias and of log_alpha. A program sums up to ``TILES_PER_SUM`` tiles and torch adds their sums: no atomics, the same bits
+bias and of log_alpha. A program sums up to ``TILES`` tiles and torch adds their sums: no atomics, the same bits
 every time.
 
 Tensors are ``[batch, rows, cols]`` for the noise (:class:`View`): sample b's row r draws noise row
@@ -21,8 +21,8 @@ from losssurf_fast._library import attach, device_guard
 from losssurf_fast.ops.lrt_sample import EPSILON, lrt_sample_backward_reference, lrt_sample_reference
 from losssurf_fast.ops.noise_triton import EXACT, PLACE_ARGUMENTS, column_blocks, elementwise_tiles, tile_normals
 
-TILES_PER_SUM = 16
-PROGRAMS = 1024  # as many as a GPU can use; with fewer tiles each gets a program
+TILES = 16  # that one program takes in turn, at most
+PROGRAMS = 4096  # several for every place on a GPU; with fewer tiles each gets a program
 
 _EPSILON = tl.constexpr(EPSILON)
 _LOG2_E = tl.constexpr(1.4426950408889634)
@@ -45,12 +45,24 @@ class View:
     def features(self) -> int:
         return self.cols if self.format == "linear" else self.rows
 
-    def tiles(self, shift: int) -> dict[str, int]:
-        """Block sizes; along the axis whose elements are neighbours in memory a tile has whole cache lines."""
-        if self.format != "channels_last":
-            return elementwise_tiles(self.rows, self.cols + shift)[1]
-        blocks = elementwise_tiles(triton.cdiv(self.cols + shift, 4), self.rows, 256)[1]
-        return {"BLOCK_M": blocks["BLOCK_N"], "BLOCK_N": 4 * blocks["BLOCK_M"]}
+    def tiles(self, shift: int, itemsize: int) -> dict[str, int]:
+        """Block sizes; along the axis whose elements are neighbours in memory a tile has whole cache lines.
+
+        ``QUADS`` is for the 16 bytes that a thread loads of elements of ``itemsize``.
+        """
+        if self.format == "channels_last":
+            blocks = elementwise_tiles(triton.cdiv(self.cols + shift, 4), self.rows, 256)[1]
+            return {"BLOCK_M": blocks["BLOCK_N"], "BLOCK_N": 4 * blocks["BLOCK_M"], "QUADS": 1}
+        blocks = elementwise_tiles(self.rows, self.cols + shift)[1]
+        return blocks | {"QUADS": 2 if itemsize == 2 and blocks["BLOCK_N"] > 4 else 1}
+
+    def grid(self, shift: int, blocks: dict[str, int]) -> tuple[int, int, int]:
+        """(blocks of features, groups of tiles for each of them, tiles in a group)."""
+        num_m, num_n = triton.cdiv(self.rows, blocks["BLOCK_M"]), triton.cdiv(self.cols + shift, blocks["BLOCK_N"])
+        features, others = (num_n, num_m) if self.format == "linear" else (num_m, num_n)
+        turns = self.batch * others
+        steps = min(TILES, max(1, features * turns // PROGRAMS), turns)
+        return features, triton.cdiv(turns, steps), steps
 
 
 def matrix_view(matrix: torch.Tensor, channels: int = 0, channels_total: int = 0) -> View:
@@ -86,8 +98,17 @@ def output_alpha(scale_ptr, feature, mask_feature, ALPHA: tl.constexpr):
 
 
 @triton.jit
-def nonnegative(x):
-    return tl.where(x < 0.0, 0.0, x)  # unlike tl.maximum keeps NaN
+def widen(x):
+    """``x`` in fp32; of bf16, whose cast takes an instruction more for every other element, by its bits."""
+    if x.dtype == tl.bfloat16:
+        x = (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    return x.to(tl.float32)
+
+
+@triton.jit
+def sample_variance(var, alpha):
+    """alpha var + 1e-16; negative sums of squares count as 0, NaN stays."""
+    return tl.maximum(tl.fma(var, alpha, _EPSILON), _EPSILON, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -114,10 +135,42 @@ def tile_offsets(b, offs_m, offs_n, rows, cols, FORMAT: tl.constexpr):
     return offs
 
 
+@triton.jit
+def program_tiles(
+    batch, rows, cols, steps, FORMAT: tl.constexpr, SHIFT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """The tiles of this program: up to ``steps`` in turn along the batch and the axis that has no features.
+
+    Returns the block of features (int64), the group of tiles, the first tile's sample and block along the other axis
+    (int64), the number of blocks there, and the number of tiles.
+    """
+    blocks, others = column_blocks(rows, 0, BLOCK_M), column_blocks(cols, SHIFT, BLOCK_N)
+    if FORMAT == "linear":
+        blocks, others = others, blocks
+    group = tl.program_id(0) // blocks
+    turn = group * steps
+    count = tl.minimum(steps, others * batch - turn)
+    block = (tl.program_id(0) - group * blocks).to(tl.int64)
+    b, other = tl.full((), 0, tl.int64), turn.to(tl.int64)
+    if FORMAT != "linear":
+        b, other = (turn // others).to(tl.int64), (turn % others).to(tl.int64)
+    return block, group, b, other, others, count
+
+
+@triton.jit
+def next_tile(b, other, others, FORMAT: tl.constexpr):
+    """Sample and block after those of a tile: counted, because a division costs as much as drawing an element."""
+    other += 1
+    if FORMAT != "linear":  # which is one sample
+        b += tl.where(other == others, 1, 0)
+        other = tl.where(other == others, 0, other)
+    return b, other
+
+
 # ---- forward -------------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=(*PLACE_ARGUMENTS, "rows_total"))
+@triton.jit(do_not_specialize=(*PLACE_ARGUMENTS, "rows_total", "steps"))
 def _lrt_sample_kernel(
     mean_ptr,  # [batch, rows, cols], or None for zero
     var_ptr,  # [batch, rows, cols]
@@ -125,40 +178,57 @@ def _lrt_sample_kernel(
     bias_ptr,  # [features] or None
     seed_ptr,
     y_ptr,  # [batch, rows, cols]; may be mean_ptr
+    batch,
     rows,
     cols,
     rows_total,
     row_offset,
     first_quad,
     sample,
+    steps,  # tiles in a group
     ALPHA: tl.constexpr,
     FORMAT: tl.constexpr,
     SHIFT: tl.constexpr,
+    QUADS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    num_m, num_n = column_blocks(rows, 0, BLOCK_M), column_blocks(cols, SHIFT, BLOCK_N)
-    block_n = (tl.program_id(0) % num_n).to(tl.int64)
-    offs_m, mask_m = row_offsets((tl.program_id(0) // num_n % num_m).to(tl.int64), rows, BLOCK_M)
-    offs_n, mask_n = column_offsets(block_n, cols, SHIFT, BLOCK_N)
-    b = (tl.program_id(0) // num_n // num_m).to(tl.int64)
-    mask = mask_m[:, None] & mask_n[None, :]
-    offs = tile_offsets(b, offs_m, offs_n, rows, cols, FORMAT)
+    block, _, b, other, others, count = program_tiles(batch, rows, cols, steps, FORMAT, SHIFT, BLOCK_M, BLOCK_N)
     if FORMAT == "linear":
+        offs_n, mask_n = column_offsets(block, cols, SHIFT, BLOCK_N)
         feature, mask_feature = offs_n[None, :], mask_n[None, :]
     else:
+        offs_m, mask_m = row_offsets(block, rows, BLOCK_M)
         feature, mask_feature = offs_m[:, None], mask_m[:, None]
-
-    var = tl.load(var_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    var *= output_alpha(scale_ptr, feature, mask_feature, ALPHA)
-    first_row = row_offset.to(tl.int64) + b * rows_total
-    eps = tile_normals(seed_ptr, offs_m, block_n * BLOCK_N, first_row, first_quad, sample, BLOCK_N)
-    y = tl.sqrt(nonnegative(var) + _EPSILON) * eps
-    if mean_ptr is not None:
-        y += tl.load(mean_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    alpha = output_alpha(scale_ptr, feature, mask_feature, ALPHA)
+    bias = 0.0
     if bias_ptr is not None:
-        y += tl.load(bias_ptr + feature, mask=mask_feature, other=0.0).to(tl.float32)
-    tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
+        bias = tl.load(bias_ptr + feature, mask=mask_feature, other=0.0).to(tl.float32)
+    seed = tl.load(seed_ptr)
+
+    for _ in range(count):
+        if FORMAT == "linear":
+            block_n = block
+            offs_m, mask_m = row_offsets(other, rows, BLOCK_M)
+        else:
+            block_n = other
+            offs_n, mask_n = column_offsets(other, cols, SHIFT, BLOCK_N)
+        mask = mask_m[:, None] & mask_n[None, :]
+        offs = tile_offsets(b, offs_m, offs_n, rows, cols, FORMAT)
+        var = widen(tl.load(var_ptr + offs, mask=mask, other=0.0))
+        if mean_ptr is not None:
+            mean = widen(tl.load(mean_ptr + offs, mask=mask, other=0.0))
+        first_row = row_offset.to(tl.int64) + b * rows_total
+        eps = tile_normals(seed, offs_m, block_n * BLOCK_N, first_row, first_quad, sample, BLOCK_N, QUADS)
+        y = tl.sqrt(sample_variance(var, alpha))
+        if mean_ptr is None:
+            y = tl.fma(y, eps, bias)
+        elif bias_ptr is None:
+            y = tl.fma(y, eps, mean)
+        else:
+            y = tl.fma(y, eps, mean + bias)
+        tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
+        b, other = next_tile(b, other, others, FORMAT)
 
 
 def sample_pass(mean, var, scale, bias, seed, y, view, alpha, row_offset, col_offset, sample) -> torch.Tensor:
@@ -169,13 +239,12 @@ def sample_pass(mean, var, scale, bias, seed, y, view, alpha, row_offset, col_of
     if y.numel() == 0:
         return y
     first_quad, shift = divmod(col_offset, 4)
-    blocks = view.tiles(shift)
-    programs = view.batch * triton.cdiv(view.rows, blocks["BLOCK_M"])
-    programs *= triton.cdiv(view.cols + shift, blocks["BLOCK_N"])
+    blocks = view.tiles(shift, var.itemsize)
+    features, groups, steps = view.grid(shift, blocks)
     with device_guard(var):
-        _lrt_sample_kernel[(programs,)](
-            mean, var, scale, bias, seed, y, view.rows, view.cols, view.rows_total, row_offset, first_quad, sample,
-            ALPHA=alpha, FORMAT=view.format, SHIFT=shift, **blocks, **EXACT,
+        _lrt_sample_kernel[(features * groups,)](
+            mean, var, scale, bias, seed, y, view.batch, view.rows, view.cols, view.rows_total, row_offset, first_quad,
+            sample, steps, ALPHA=alpha, FORMAT=view.format, SHIFT=shift, **blocks, **EXACT,
         )  # fmt: skip
     return y
 
@@ -194,6 +263,8 @@ def lrt_sample_triton(mean, var, seed, row_offset=0, col_offset=0, sample=0, cha
 
 
 # ---- backward ------------------------------------------------------------------------------------------------------
+
+REGISTERS = 96  # of a thread; left alone, ptxas aims at 72 on sm_100 and spills
 
 
 @triton.jit(do_not_specialize=(*PLACE_ARGUMENTS, "rows_total", "steps"))
@@ -217,60 +288,58 @@ def _lrt_sample_backward_kernel(
     FORMAT: tl.constexpr,
     LIMIT: tl.constexpr,  # the largest number of grad_var's dtype
     SHIFT: tl.constexpr,
+    QUADS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    num_n = column_blocks(cols, SHIFT, BLOCK_N)
-    # A program has one block of features, and takes the tiles along the other axis and the batch in turn.
+    block, group, b, other, others, count = program_tiles(batch, rows, cols, steps, FORMAT, SHIFT, BLOCK_M, BLOCK_N)
     if FORMAT == "linear":
-        blocks = num_n
-        block = (tl.program_id(0) % blocks).to(tl.int64)
-        features, mask_features = column_offsets(block, cols, SHIFT, BLOCK_N)
+        offs_n, mask_n = column_offsets(block, cols, SHIFT, BLOCK_N)
+        features, mask_features = offs_n, mask_n
         alpha = output_alpha(scale_ptr, features[None, :], mask_features[None, :], ALPHA)
     else:
-        blocks = column_blocks(rows, 0, BLOCK_M)
-        block = (tl.program_id(0) % blocks).to(tl.int64)
-        features, mask_features = row_offsets(block, rows, BLOCK_M)
+        offs_m, mask_m = row_offsets(block, rows, BLOCK_M)
+        features, mask_features = offs_m, mask_m
         alpha = output_alpha(scale_ptr, features[:, None], mask_features[:, None], ALPHA)
-    group = (tl.program_id(0) // blocks).to(tl.int64)
+    seed = tl.load(seed_ptr)
     acc_grad = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     acc_alpha = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
 
-    for step in range(steps):
-        turn = group * steps + step
+    for _ in range(count):
         if FORMAT == "linear":
-            b, block_n = tl.full((), 0, tl.int64), block
-            offs_m, mask_m = row_offsets(turn, rows, BLOCK_M)
-            offs_n, mask_n = features, mask_features
+            block_n = block
+            offs_m, mask_m = row_offsets(other, rows, BLOCK_M)
         else:
-            b, block_n = turn // num_n, turn % num_n
-            offs_m, mask_m = features, mask_features & (b < batch)
-            offs_n, mask_n = column_offsets(block_n, cols, SHIFT, BLOCK_N)
+            block_n = other
+            offs_n, mask_n = column_offsets(other, cols, SHIFT, BLOCK_N)
         mask = mask_m[:, None] & mask_n[None, :]
         offs = tile_offsets(b, offs_m, offs_n, rows, cols, FORMAT)
-        grad = tl.load(grad_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        grad = widen(tl.load(grad_ptr + offs, mask=mask, other=0.0))
         if sum_grad_ptr is not None:
             acc_grad += grad
         if grad_var_ptr is not None or sum_alpha_ptr is not None:
-            var = tl.load(var_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+            var = widen(tl.load(var_ptr + offs, mask=mask, other=0.0))
             first_row = row_offset.to(tl.int64) + b * rows_total
-            eps = tile_normals(seed_ptr, offs_m, block_n * BLOCK_N, first_row, first_quad, sample, BLOCK_N)
+            eps = tile_normals(seed, offs_m, block_n * BLOCK_N, first_row, first_quad, sample, BLOCK_N, QUADS)
             # d y / d var = eps / (2 sqrt(var + 1e-16))
-            grad_var = grad * eps * 0.5 * tl.rsqrt(nonnegative(var * alpha) + _EPSILON)
-            grad_var = tl.where(grad_var > LIMIT, LIMIT, tl.where(grad_var < -LIMIT, -LIMIT, grad_var))
-            grad_var += grad - grad  # not finite where grad is not
+            grad_var = grad * eps * 0.5 * tl.rsqrt(sample_variance(var, alpha))
+            grad_var = tl.clamp(grad_var, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL)
+            grad_var = tl.fma(grad, 0.0, grad_var)  # not finite where grad is not
             grad_var = tl.where(var < 0.0, 0.0, grad_var) * alpha
             if grad_var_ptr is not None:
                 tl.store(grad_var_ptr + offs, grad_var.to(grad_var_ptr.dtype.element_ty), mask=mask)
             if sum_alpha_ptr is not None:
-                acc_alpha += grad_var * var
+                acc_alpha = tl.fma(grad_var, var, acc_alpha)
+        b, other = next_tile(b, other, others, FORMAT)
 
     AXIS: tl.constexpr = 0 if FORMAT == "linear" else 1
     width = cols if FORMAT == "linear" else rows
     if sum_grad_ptr is not None:
-        tl.store(sum_grad_ptr + group * width + features, tl.sum(acc_grad, axis=AXIS), mask=mask_features)
+        tl.store(sum_grad_ptr + group.to(tl.int64) * width + features, tl.sum(acc_grad, axis=AXIS), mask=mask_features)
     if sum_alpha_ptr is not None:
-        tl.store(sum_alpha_ptr + group * width + features, tl.sum(acc_alpha, axis=AXIS), mask=mask_features)
+        tl.store(
+            sum_alpha_ptr + group.to(tl.int64) * width + features, tl.sum(acc_alpha, axis=AXIS), mask=mask_features
+        )
 
 
 def sample_backward_pass(
@@ -284,22 +353,18 @@ def sample_backward_pass(
     if not (needs_var or needs_bias or needs_alpha):
         return None, None, None
     first_quad, shift = divmod(col_offset, 4)
-    blocks = view.tiles(shift)
-    num_m, num_n = triton.cdiv(view.rows, blocks["BLOCK_M"]), triton.cdiv(view.cols + shift, blocks["BLOCK_N"])
-    feature_blocks, turns = (num_n, num_m) if view.format == "linear" else (num_m, view.batch * num_n)
-    steps = 1
-    if needs_bias or needs_alpha:
-        steps = min(TILES_PER_SUM, max(1, feature_blocks * turns // PROGRAMS), turns)
-    groups = triton.cdiv(turns, steps)
+    blocks = view.tiles(shift, var.itemsize)
+    features, groups, steps = view.grid(shift, blocks)
     grad_var = torch.empty_like(var, dtype=dtype) if needs_var else None
     sums = [
         torch.empty((groups, view.features), dtype=torch.float32, device=var.device) if needed else None
         for needed in (needs_bias, needs_alpha)
     ]
     with device_guard(var):
-        _lrt_sample_backward_kernel[(groups * feature_blocks,)](
+        _lrt_sample_backward_kernel[(features * groups,)](
             grad, var, scale, seed, grad_var, *sums, view.batch, view.rows, view.cols, view.rows_total, row_offset,
-            first_quad, sample, steps, ALPHA=alpha, FORMAT=view.format, LIMIT=limit, SHIFT=shift, **blocks, **EXACT,
+            first_quad, sample, steps, ALPHA=alpha, FORMAT=view.format, LIMIT=limit, SHIFT=shift, maxnreg=REGISTERS,
+            **blocks, **EXACT,
         )  # fmt: skip
     return grad_var, *(s if s is None else s.sum(0) for s in sums)
 

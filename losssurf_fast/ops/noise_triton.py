@@ -24,7 +24,8 @@ _COS = tl.constexpr(noise.COS_COEFFICIENTS)
 _LOG_TERMS = tl.constexpr(len(noise.LOG_COEFFICIENTS))
 _SIN_TERMS = tl.constexpr(len(noise.SIN_COEFFICIENTS))
 _COS_TERMS = tl.constexpr(len(noise.COS_COEFFICIENTS))
-_MINUS_TWO_LN_TWO = tl.constexpr(noise.MINUS_TWO_LN_TWO)
+_MINUS_TWO_LN_TWO_BY_TWO_TO_23 = tl.constexpr(noise.MINUS_TWO_LN_TWO * 2.0**-23)
+_TWO_TO_MINUS_100 = tl.constexpr(2.0**-100)
 _TWO_TO_MINUS_32 = tl.constexpr(2.0**-32)
 _TWO_TO_MINUS_33 = tl.constexpr(2.0**-33)
 
@@ -42,21 +43,28 @@ def _polynomial(x, COEFFICIENTS: tl.constexpr, TERMS: tl.constexpr):
 @triton.jit
 def _minus_two_log(u):
     bits = u.to(tl.uint32, bitcast=True)
-    exponent = (bits - 0x3F400000).to(tl.int32, bitcast=True) >> 23  # of the mantissa in [3/4, 3/2)
-    f = (bits - (exponent << 23).to(tl.uint32, bitcast=True)).to(tl.float32, bitcast=True) - 1.0
-    return tl.fma(exponent.to(tl.float32), _MINUS_TWO_LN_TWO, _polynomial(f, _LOG, _LOG_TERMS) * f)
+    exponent = (bits - 0x3F400000) & 0xFF800000  # of the mantissa in [3/4, 3/2), where it is in a float: times 2^23
+    f = (bits - exponent).to(tl.float32, bitcast=True) - 1.0
+    exponent = exponent.to(tl.int32, bitcast=True).to(tl.float32)
+    return tl.fma(exponent, _MINUS_TWO_LN_TWO_BY_TWO_TO_23, _polynomial(f, _LOG, _LOG_TERMS) * f)
 
 
 @triton.jit
-def _xor_sign(x, sign):
-    return (x.to(tl.uint32, bitcast=True) ^ (sign & 0x80000000)).to(tl.float32, bitcast=True)
+def _sqrt_rn(x):
+    """Correctly rounded root of x = 0 and x >= 2^-101.
+
+    These are sqrt.rn's instructions for such x, without the branch to others (SASS of sm_80 to sm_120).
+    """
+    inverse = tl.rsqrt(tl.maximum(x, _TWO_TO_MINUS_100))  # finite at 0
+    root = x * inverse
+    return tl.fma(tl.fma(root * -1.0, root, x), inverse * 0.5, root)
 
 
 @triton.jit
 def box_muller(a, b):
     """Words (a, b), uint32 of any shape, to the normals of an even and the following odd column."""
     u = tl.fma(a.to(tl.float32), _TWO_TO_MINUS_32, _TWO_TO_MINUS_33)
-    r = tl.sqrt_rn(_minus_two_log(u))
+    r = _sqrt_rn(_minus_two_log(u))
     # theta = pi/2 (quadrant + x): the top two bits of t are the quadrant, the low 30 bits of b, signed, are x.
     t = b + 0x20000000
     x = (b << 2).to(tl.int32, bitcast=True).to(tl.float32) * _TWO_TO_MINUS_32
@@ -64,35 +72,59 @@ def box_muller(a, b):
     sin, cos = _polynomial(x2, _SIN, _SIN_TERMS) * x, _polynomial(x2, _COS, _COS_TERMS)
     # Two bits of t turn (cos, sin) of x into those of theta: bit 30 by a quarter, bit 31 by a half.
     quarter = (t & 0x40000000) != 0
-    turned_r = _xor_sign(r, t)
-    minus_sin = _xor_sign(sin, t << 1)  # where quarter; Triton's -0.0 would be 0.0
+    turned_r = (r.to(tl.uint32, bitcast=True) ^ (t & 0x80000000)).to(tl.float32, bitcast=True)
+    minus_sin = sin * -1.0  # Triton's -0.0 would be 0.0
     return turned_r * tl.where(quarter, minus_sin, cos), turned_r * tl.where(quarter, cos, sin)
 
 
 @triton.jit
 def philox_words(seed, row, quad, sample):
-    """Four uint32 blocks of rows ``row`` (int64) and quads ``quad`` (uint32), which broadcast to the block's shape."""
-    row_low, quad = tl.broadcast(row.to(tl.uint32), quad)
-    row_high = tl.broadcast_to((row >> 32).to(tl.uint32), row_low.shape)
-    samples = tl.full(row_low.shape, 0, tl.uint32) + sample.to(tl.uint32)
-    return tl.philox(seed, quad, row_low, row_high, samples)
+    """Four uint32 blocks of rows ``row`` (int64) and quads ``quad`` (uint32), which broadcast to the block's shape.
+
+    The first two rounds multiply what depends on the row or on the quad alone: before broadcasting.
+    """
+    key0, key1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
+    w0, w1, w2, w3 = quad, row.to(tl.uint32), (row >> 32).to(tl.uint32), sample.to(tl.uint32)
+    for _ in tl.static_range(10):
+        product0, product1 = w0.to(tl.uint64) * 0xD2511F53, w2.to(tl.uint64) * 0xCD9E8D57
+        w0, w1 = (product1 >> 32).to(tl.uint32) ^ w1 ^ key0, product1.to(tl.uint32)
+        w2, w3 = (product0 >> 32).to(tl.uint32) ^ w3 ^ key1, product0.to(tl.uint32)
+        key0 += 0x9E3779B9
+        key1 += 0xBB67AE85
+    return w0, w1, w2, w3
 
 
 @triton.jit
-def normal_tile(seed, row, quad, sample, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """fp32 normals [BLOCK_M, BLOCK_N] of rows ``row`` [BLOCK_M] and quads ``quad`` [BLOCK_N / 4]."""
-    w0, w1, w2, w3 = philox_words(seed, row[:, None], quad[None, :], sample)
+def _quads(seed, row, quad, sample):
+    """fp32 normals of columns 4q to 4q + 3 of ``row`` and quads q, which broadcast."""
+    w0, w1, w2, w3 = philox_words(seed, row, quad, sample)
     n0, n1 = box_muller(w0, w1)
     n2, n3 = box_muller(w2, w3)
-    quads = tl.join(tl.join(n0, n2), tl.join(n1, n3))  # [BLOCK_M, BLOCK_N / 4, pair, parity]
+    return n0, n1, n2, n3
+
+
+@triton.jit
+def normal_tile(seed, row, quad, sample, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, QUADS: tl.constexpr = 1):
+    """fp32 normals [BLOCK_M, BLOCK_N] of rows and quads that broadcast to [BLOCK_M, BLOCK_N / (4 QUADS)].
+
+    A thread draws ``QUADS`` from each quad on. Two have as many elements as the 16 bytes that it loads in half
+    precision, one in fp32: the tile then need not go through shared memory to the threads that use it.
+    """
+    n0, n1, n2, n3 = _quads(seed, row, quad, sample)
+    if QUADS == 2:
+        m0, m1, m2, m3 = _quads(seed, row, quad + 1, sample)
+        n0, n1, n2, n3 = tl.join(n0, m0), tl.join(n1, m1), tl.join(n2, m2), tl.join(n3, m3)
+    quads = tl.join(tl.join(n0, n2), tl.join(n1, n3))  # [BLOCK_M, BLOCK_N / (4 QUADS), (QUADS,) pair, parity]
     return tl.reshape(quads, (BLOCK_M, BLOCK_N))
 
 
 @triton.jit
-def tile_normals(seed_ptr, offs_m, start_n, row_offset, first_quad, sample, BLOCK_N: tl.constexpr):
+def tile_normals(seed, offs_m, start_n, row_offset, first_quad, sample, BLOCK_N: tl.constexpr, QUADS: tl.constexpr = 1):
     """Noise of local rows ``offs_m`` (int64) and the BLOCK_N columns from tile column ``start_n``, a multiple of 4."""
-    quad = (first_quad.to(tl.int64) + start_n // 4 + tl.arange(0, BLOCK_N // 4)).to(tl.uint32)
-    return normal_tile(tl.load(seed_ptr), row_offset.to(tl.int64) + offs_m, quad, sample, offs_m.shape[0], BLOCK_N)
+    quad = (first_quad.to(tl.int64) + start_n // 4).to(tl.uint32)
+    quad += tl.arange(0, BLOCK_N // (4 * QUADS)).to(tl.uint32) * QUADS
+    row = row_offset.to(tl.int64) + offs_m
+    return normal_tile(seed, row[:, None], quad[None, :], sample, offs_m.shape[0], BLOCK_N, QUADS)
 
 
 @triton.jit
@@ -121,7 +153,8 @@ def _philox_normal_kernel(
     start_n = (tl.program_id(0) % num_n).to(tl.int64) * BLOCK_N
     offs_m = (tl.program_id(0) // num_n).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = start_n + tl.arange(0, BLOCK_N) - SHIFT
-    normals = tile_normals(seed_ptr, offs_m, start_n, row_offset, first_quad, sample, BLOCK_N)
+    seed = tl.load(seed_ptr)
+    normals = tile_normals(seed, offs_m, start_n, row_offset, first_quad, sample, BLOCK_N)
     mask = (offs_m < rows)[:, None] & ((offs_n >= 0) & (offs_n < cols))[None, :]
     out_ptrs = out_ptr + offs_m[:, None] * cols + offs_n[None, :]
     tl.store(out_ptrs, normals.to(out_ptr.dtype.element_ty), mask=mask)

@@ -9,6 +9,7 @@ A family is one file here with ``cases(arch: int) -> list[Case]``; it is found b
 """
 
 import importlib
+import math
 import pkgutil
 from dataclasses import dataclass, field, replace
 
@@ -27,9 +28,19 @@ class Case:
     constants: dict[str, object]
     options: dict[str, object] = field(default_factory=dict)
     budget: int = 255  # registers
-    dot: bool = False
+    mma: int = 0  # at least so many tensor-core instructions; none at all where it is 0
+    drains: int = 0  # at most so many waits for all of wgmma in a loop
+    per_element: float = math.inf  # at most so many instructions for an element of the tile
     wide_copies: bool = False  # every copy to shared memory is asynchronous and of 16 bytes
     wide_accesses: tuple[int, int] = (0, 0)  # at least so many loads and stores of global memory are of 16 bytes
+
+
+def mma_of(x_type: torch.dtype, operand: torch.dtype, block_k: int, dots: int) -> int:
+    """Tensor-core instructions for ``dots`` of operands with ``block_k`` in a row, at least: each takes 32 bytes of it.
+
+    Where inputs are fp32 there are three products in TF32.
+    """
+    return dots * (3 if x_type == torch.float32 else 1) * block_k * operand.itemsize // 32
 
 
 def sizes_one(case: Case, **constants) -> Case:
@@ -38,6 +49,7 @@ def sizes_one(case: Case, **constants) -> Case:
         case,
         name=f"{case.name}, sizes 1",
         constants=case.constants | constants,
+        per_element=math.inf,
         wide_copies=False,
         wide_accesses=(0, 0),
     )

@@ -23,4 +23,4 @@ def _serialised_kernel(x_ptr, w_ptr, y_ptr, K, BLOCK: tl.constexpr):
 
 def cases(arch: int) -> list[Case]:
     pointers = {"x_ptr": "bf16", "w_ptr": "bf16", "y_ptr": "fp32"}
-    return [Case("control: serialised", _serialised_kernel, pointers, {"BLOCK": 64}, EXACT, dot=True)]
+    return [Case("control: serialised", _serialised_kernel, pointers, {"BLOCK": 64}, EXACT)]

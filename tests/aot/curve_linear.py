@@ -4,7 +4,7 @@ import itertools
 
 import torch
 
-from aot import TYPES, Case, sizes_one
+from aot import TYPES, Case, mma_of, sizes_one
 from losssurf_fast.ops import curve_linear_triton
 from losssurf_fast.ops.lrt_strategy import Tile
 from losssurf_fast.ops.noise_triton import EXACT
@@ -24,7 +24,10 @@ def curve_case(tile: Tile, x_type, bend_type, bends, per_row=False, biases=None,
     name += f"{tile.block_m}x{tile.block_n}x{tile.block_k} w{tile.num_warps} s{tile.num_stages}"
     budget = 240 if x_type == torch.float32 else 192
     kernel = curve_linear_triton._curve_linear_kernel
-    return Case(name, kernel, pointers, choices | constants, options, budget, True, x_type == torch.bfloat16)
+    dots = bends if per_row else 1
+    mma, drains = mma_of(x_type, x_type, tile.block_k, dots), 3 * dots if x_type == torch.float32 else dots
+    return Case(name, kernel, pointers, choices | constants, options, budget, mma=mma, drains=drains,
+                wide_copies=x_type == torch.bfloat16)  # fmt: skip
 
 
 def cases(arch: int) -> list[Case]:

@@ -15,9 +15,10 @@ def cases(arch: int) -> list[Case]:
         constants = {"LIMIT": 3.4e38, "WEIGHT_LIMIT": 3.4e38, "BLOCK": kl_triton.ELEMENTS}
         for divergence, pointers in itertools.product(("exact", "approximate", "ard", "normal"), (alpha, both)):
             name = f"kl {divergence} {t} {len(pointers)} pointers"
-            found += [Case(name, kl_triton._kl_kernel, pointers, constants | {"DIVERGENCE": divergence}, EXACT, 64)]
+            choices = constants | {"DIVERGENCE": divergence}
+            found += [Case(name, kl_triton._kl_kernel, pointers, choices, EXACT, 64, per_element=200)]
         found += [
             Case(f"kl_scale {t}", kl_triton._kl_scale_kernel, {"slope_ptr": t, "grad_ptr": "fp32", "out_ptr": t},
-                 {"BLOCK": kl_triton.ELEMENTS}, {}, 24),
+                 {"BLOCK": kl_triton.ELEMENTS}, {}, 24, per_element=16),
         ]  # fmt: skip
     return found

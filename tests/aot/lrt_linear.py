@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 import triton.language as tl
 
-from aot import TYPES, Case, sizes_one
+from aot import TYPES, Case, mma_of, sizes_one
 from losssurf_fast.ops import lrt_linear_backward_triton, lrt_linear_triton
 from losssurf_fast.ops.lrt_operand import operand_dtype
 from losssurf_fast.ops.lrt_operand_triton import OUTPUT_ALPHA
@@ -33,7 +33,14 @@ def dual_case(kernel, tile: Tile, x_type, parameter_type, parameterization, **co
     name = f"{kernel.__name__} {parameterization} {x}/{parameter} {tile.block_m}x{tile.block_n}x{tile.block_k}"
     name += f" w{tile.num_warps} s{tile.num_stages}"
     budget = 192 if x_type == torch.bfloat16 else 240  # TF32 operands take twice the registers
-    return Case(name, kernel, pointers, constants, options, budget, dot=True, wide_copies=x_type == torch.bfloat16)
+    dots = 1 if parameterization == "variance" else 2
+    mma = mma_of(x_type, operand_dtype(x_type), tile.block_k, dots)
+    # What is made in registers as a second operand comes to wgmma by shared memory; TF32 operands in either place do.
+    drains = 3 * dots if x_type == torch.float32 else dots
+    if kernel is lrt_linear_backward_triton._grad_parameters_kernel and x_type != torch.float32:
+        drains = 0 if x_type == torch.bfloat16 else 1
+    return Case(name, kernel, pointers, constants, options, budget, mma=mma, drains=drains,
+                wide_copies=x_type == torch.bfloat16)  # fmt: skip
 
 
 def ready(case: Case) -> Case:

@@ -11,9 +11,10 @@ def cases(arch: int) -> list[Case]:
         grads = {"grad_cast_ptr": t, "grad_sigma2_ptr": t, "grad_weight_ptr": "fp32", "grad_scale_ptr": "fp32"}
         found += [
             Case(f"operands {t}", lrt_operand_triton._operands_kernel, operands,
-                 {"PARAMETERIZATION": "weight", "BLOCK": lrt_operand_triton.ELEMENTS}, {}, 40),
+                 {"PARAMETERIZATION": "weight", "BLOCK": lrt_operand_triton.ELEMENTS}, {}, 40,
+                 per_element=25),
             Case(f"operands_backward {t}", lrt_linear_backward_triton._operands_backward_kernel, operands | grads,
-                 {"BLOCK": lrt_operand_triton.ELEMENTS}, {}, 48),
+                 {"BLOCK": lrt_operand_triton.ELEMENTS}, {}, 48, per_element=38),
         ]  # fmt: skip
     return found + (float8_cases() if arch >= 89 else [])
 

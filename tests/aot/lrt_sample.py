@@ -5,6 +5,8 @@ from aot.noise import TILE
 from losssurf_fast.ops import lrt_sample_triton
 from losssurf_fast.ops.noise_triton import EXACT
 
+# Instructions for an element, forward and backward. On an H200 41 take as long as the 6 bytes of an element in bf16.
+PER_ELEMENT = {"linear": (42, 50), "contiguous": (48, 56), "channels_last": (53, 61)}
 FORMATS = {"linear": TILE, "contiguous": TILE, "channels_last": {"SHIFT": 0, "BLOCK_M": 128, "BLOCK_N": 8}}
 
 
@@ -15,12 +17,15 @@ def cases(arch: int) -> list[Case]:
         grads = {"grad_ptr": t, "var_ptr": t, "scale_ptr": "fp32", "seed_ptr": "i64", "grad_var_ptr": t}
         sums = {"sum_grad_ptr": "fp32", "sum_alpha_ptr": "fp32"}
         for memory_format, tile in FORMATS.items():
-            choices = {**tile, "FORMAT": memory_format, "ALPHA": "neuron"}
+            quads = 2 if t == "bf16" and memory_format != "channels_last" else 1
+            choices = {**tile, "FORMAT": memory_format, "ALPHA": "neuron", "QUADS": quads}
+            per_element = PER_ELEMENT[memory_format]
             wide = (2, 1) if t == "bf16" else (4, 2)  # all of the streams
             forward = Case(f"lrt_sample {memory_format} {t}", lrt_sample_triton._lrt_sample_kernel, streams, choices,
-                           EXACT, 56, wide_accesses=wide)  # fmt: skip
+                           EXACT, 80, per_element=per_element[0], wide_accesses=wide)  # fmt: skip
             backward = Case(f"lrt_sample_backward {memory_format} {t}", lrt_sample_triton._lrt_sample_backward_kernel,
-                            grads | sums, choices | {"LIMIT": 3.4e38}, EXACT, 104, wide_accesses=wide)  # fmt: skip
-            ones = {"rows": 1, "cols": 1, "BLOCK_M": 1, "BLOCK_N": 4}
-            found += [forward, backward, sizes_one(forward, **ones), sizes_one(backward, batch=1, **ones)]
+                            grads | sums, choices | {"LIMIT": 3.4e38}, EXACT | {"maxnreg": lrt_sample_triton.REGISTERS},
+                            lrt_sample_triton.REGISTERS, per_element=per_element[1], wide_accesses=wide)  # fmt: skip
+            ones = {"batch": 1, "rows": 1, "cols": 1, "BLOCK_M": 1, "BLOCK_N": 4, "QUADS": 1}
+            found += [forward, backward, sizes_one(forward, **ones), sizes_one(backward, **ones)]
     return found
