@@ -25,11 +25,12 @@ def float8_cases() -> list[Case]:
     for cols in (256, 4096, 16384, 32768):
         tile = lrt_operand_triton.row_tile(cols)
         warps, reads = {"num_warps": tile.pop("num_warps")}, 1 if tile["WHOLE"] else 2
-        for kind, t, loads in (("layer", "bf16", 2), ("weight", "fp32", 8)):
+        for kind, t, loads, per_element in (("layer", "bf16", 2, 12), ("weight", "fp32", 8, 12 * reads + 12)):
             pointers = {"weight_ptr": t, "out_ptr": "fp8e4nv", "row_scale_ptr": "fp32"}
             pointers |= {"scale_ptr": "fp32"} if kind == "weight" else {}
             found.append(
                 Case(f"float8_rows {kind} {cols}", lrt_operand_triton._float8_rows_kernel, pointers,
-                     {"PARAMETERIZATION": kind, **tile}, warps, 56, wide_accesses=(reads * loads, 1))
+                     {"PARAMETERIZATION": kind, **tile}, warps, 56, per_element=per_element,
+                     wide_accesses=(reads * loads, 1))
             )  # fmt: skip
     return [*found, sizes_one(found[0], rows=1, cols=1, BLOCK_N=16, BLOCK_M=128)]
