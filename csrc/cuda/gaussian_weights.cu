@@ -6,7 +6,7 @@
 //
 //               bytes   instructions on sm_90, as the compiler counts them
 //   draws       3 s     a normal 52, an exponential 22
-//   gradients   5 s     the same and 6 more
+//   gradients   5 s     the same and about 6 more (not counted)
 //   a KL        0       normal 25 (multiplicative noise 49), log_uniform 51, approximate 91, ard 33; of additive
 //                       noise the last three take a logarithm more, 26
 //
