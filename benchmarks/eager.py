@@ -20,7 +20,7 @@ def eager_lrt(product, spatial: int, x, weight, log_sigma2, bias) -> torch.Tenso
         spatial: how many sizes its output has behind the channels.
         weight: the means; None where they are zero.
     """
-    var = product(x.square(), log_sigma2.exp())
+    var = product(x * x, log_sigma2.exp())  # CUDA's autocast takes square to fp32
     mean = bias if bias is None else bias.view(-1, *[1] * spatial)
     if weight is not None:
         mean = product(x, weight, bias)

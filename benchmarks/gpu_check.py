@@ -14,8 +14,10 @@ compiled by torch.
 """
 
 import argparse
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -30,6 +32,7 @@ ROOT = records.ROOT
 CHECKS = records.RESULTS / "checks"
 LAST_LINES = 12  # of a process's output, kept in the record
 FAILED_LINES = 400  # of one that failed, printed when its section ends
+LAST_WORDS = 3.0  # seconds that a process over its limit has to end
 LAST_CASE = 0.75  # minutes that the case or sweep begun last may take
 
 # ---- sections ------------------------------------------------------------------------------------------------------
@@ -59,13 +62,17 @@ def gpu_tests() -> list[str]:
 
 
 def dealt(files: Sequence[str], hands: int) -> list[list[str]]:
-    """The tests of ``files`` in so many heaps, neighbours in different ones; the files where they cannot be listed.
+    """The tests of ``files`` in so many heaps, neighbours in different ones; files of which none is listed stay whole.
 
     Triton compiles about a thousand variants of its kernels for them, each for a second or more of one core.
     """
     listing = (sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider", *files)
-    said = subprocess.run(listing, cwd=ROOT, env=environment(), capture_output=True, text=True).stdout
-    tests = [line for line in said.splitlines() if "::" in line] or list(files)
+    said = ""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        said = subprocess.run(listing, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120).stdout
+    tests = [line for line in said.splitlines() if "::" in line]
+    listed = {test.partition("::")[0] for test in tests}
+    tests += [file for file in files if file not in listed]
     return [tests[first::hands] for first in range(min(hands, len(tests)))]
 
 
@@ -77,13 +84,16 @@ def sections(dry: bool, folder: Path, device: str, commit: str | None) -> list[S
     out, strategies = folder / f"{device}.jsonl", folder / CHECKS.name / f"{device}-borders.jsonl"
     python, cores = sys.executable, len(os.sched_getaffinity(0))
     pytest = ("-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", *(["--collect-only"] if dry else []))
-    build = ("-c", "import losssurf_fast") if dry else ("setup.py", "-q", "build_ext", "--inplace")
+    build = (python, "-c", "import losssurf_fast")
+    if not dry:
+        build = ("env", "LOSSSURF_CUDA=1", python, "setup.py", "-q", "build_ext", "--inplace")
     bench = ("-m", "benchmarks.run", "--no-gate", "--cases", "cuda", "--out", str(out))
     how = ("--dry", "--threads", "1") if dry else ("--quick", "--device", "cuda")
     same = ("--commit", commit) if commit else ()
 
     def tests(_):
-        return [("env", "OMP_NUM_THREADS=1", python, *pytest, *tests) for tests in dealt(gpu_tests(), cores)]
+        one = ("env", "OMP_NUM_THREADS=1", "TORCHINDUCTOR_COMPILE_THREADS=1")
+        return [(*one, python, *pytest, *tests) for tests in dealt(gpu_tests(), cores)]
 
     def until(minutes):  # for what begins nothing that it could not end
         return "--minutes", f"{max(minutes - LAST_CASE, 0.1):.2f}"
@@ -96,7 +106,7 @@ def sections(dry: bool, folder: Path, device: str, commit: str | None) -> list[S
         return [(python, "-m", "benchmarks.borders", "--out", str(strategies), *how, *same)]
 
     return [
-        Section("build", lambda _: [(python, *build)], 4),
+        Section("build", lambda _: [build], 4),
         Section("tests", tests, 3),
         Section("operators", operators, 7, least=2),
         Section("borders", borders, 2, least=1.25),
@@ -121,18 +131,28 @@ def carry_out(section: Section, deadline: float, later: float = 0.0) -> Outcome:
             try:
                 status = "ok" if child.wait(max(0.0, start + limit - time.monotonic())) == 0 else "failed"
             except subprocess.TimeoutExpired:
-                os.killpg(child.pid, 9)  # the compilers and measuring processes that it started, too
-                child.wait()
+                stop(child)
                 status = "too long"
             with log:
                 log.seek(0)
-                said[status].append([line.rstrip() for line in log.read().splitlines() if line.strip()])
+                lines = log.read().replace(str(ROOT), ".").replace(str(Path.home()), "~").splitlines()
+                said[status].append([line.rstrip() for line in lines if line.strip()])
             if status != "ok":
                 print("\n".join(said[status][-1][-FAILED_LINES:]), file=sys.stderr, flush=True)
     status = next(name for name in ("failed", "too long", "ok") if said[name])
     lines = [line for name in ("too long", "failed") for log in said[name] for line in log[-LAST_LINES:]]
     lines = lines or [line for log in said["ok"] for line in log[-LAST_LINES:]]
     return Outcome(section.name, status, time.monotonic() - start, lines)
+
+
+def stop(child: subprocess.Popen) -> None:
+    """End a process and what it started; pytest gets a moment to say which tests had failed."""
+    os.killpg(child.pid, signal.SIGINT)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        child.wait(LAST_WORDS)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
 
 
 def environment() -> dict[str, str]:
@@ -160,6 +180,15 @@ def lines_of(file: Path, start: int) -> list[dict]:
         return [json.loads(line) for line in text if line.endswith("\n")]
 
 
+def withdraw(results: Path, start: int, to: Path) -> None:
+    """Take what was appended to ``results`` since it had ``start`` bytes over to ``to``."""
+    with results.open("r+") as file:
+        file.seek(start)
+        with to.open("a") as kept:
+            kept.write(file.read())
+        file.truncate(start)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="gpu_check", description=__doc__.splitlines()[0])
     parser.add_argument("--dry", action="store_true", help="the same sections on the CPU at tiny sizes; writes nothing")
@@ -171,8 +200,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     if not arguments.dry and not torch.cuda.is_available():
         parser.error("torch sees no GPU here; --dry runs the same sections on the CPU")
+    if not arguments.minutes > 0:
+        parser.error(f"--minutes must be positive, got {arguments.minutes:g}")
     device = "cpu" if arguments.dry else "cuda"
     shared = run.origin(device, "dry" if arguments.dry else "quick", arguments.commit)
+    if shared["commit"] is None and not arguments.dry:
+        parser.error("git is not here, so results need the commit that this is: --commit SHA")
     deadline = time.monotonic() + 60 * arguments.minutes
     with tempfile.TemporaryDirectory() as scratch:
         folder = arguments.out or (Path(scratch) if arguments.dry else records.RESULTS)
@@ -188,8 +221,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         with (folder / CHECKS.name / f"{name}.jsonl").open("a") as file:
             file.write(json.dumps(shared | {"sections": [asdict(outcome) for outcome in outcomes]}) + "\n")
         measured = lines_of(out, before)
+        confirmed = all(outcome.status == "ok" for outcome in outcomes if outcome.name == "tests")
+        if measured and not confirmed:
+            withdraw(out, before, folder / CHECKS.name / f"{name}-unconfirmed.jsonl")
     borders = [line for outcome in outcomes if outcome.name == "borders" for line in outcome.said]
-    print("\n\n".join(filter(None, (table(outcomes), "\n".join(borders), report.terminal(measured)))))
+    notes = []
+    if arguments.dry:
+        notes.append("A dry run: its figures say nothing of any machine.")
+    elif measured:
+        missing = report.unmeasured(measured, shared["device"])
+        notes.append(f"{len(missing)} cases of a GPU were not measured." if missing else "Every case was measured.")
+    if measured and not confirmed:
+        notes.append("The tests did not all pass, so these figures are kept beside the results, not among them.")
+    print("\n\n".join(filter(None, (table(outcomes), "\n".join(borders), report.terminal(measured), *notes))))
     return 0 if all(outcome.status == "ok" for outcome in outcomes) else 1
 
 

@@ -18,14 +18,14 @@ def read(folder: Path = RESULTS) -> list[dict]:
 
 
 def newest(rows: Sequence[dict]) -> list[dict]:
-    """Rows of the newest clean run of every device and family, full runs first."""
+    """Rows of the newest clean run of every device and case, full runs first: a short run leaves others standing."""
     rank = lambda row: (row["budget"] == "full", row["date"])
+    which = lambda row: (row["device"], row["family"], device_type(row), row["threads"], *case_key(row))
     best = {}
     clean = [row for row in rows if not row["dirty"] and row["budget"] != "dry"]
     for row in clean:
-        key = row["device"], row["family"]
-        best[key] = max(best.get(key, rank(row)), rank(row))
-    return [row for row in clean if rank(row) == best[row["device"], row["family"]]]
+        best[which(row)] = max(best.get(which(row), rank(row)), rank(row))
+    return [row for row in clean if rank(row) == best[which(row)]]
 
 
 def case_key(row: dict) -> tuple:

@@ -2,7 +2,7 @@
 
 Measures nothing.
 
-For every device and family the newest run counts that measured a committed tree; full runs go before quick ones.
+For every device and case the newest run counts that measured a committed tree; full runs go before quick ones.
 ``speedup`` is over the strongest baseline of the row (eager, torch.compile, the library), ``target`` over eager, both
 as medians of ratios within a round; ``floor`` is the share of the speed that the bare GEMMs or one pass over the bytes
 reach, measured in the same rounds. Of a GPU's cases, whose targets are of several kinds, the ratios to every baseline

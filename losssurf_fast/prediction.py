@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from losssurf_fast.ensembling import OnlineEnsemble
-from losssurf_fast.nn.lrt import lrt_layers
+from losssurf_fast.nn.lrt import LRTLayer, lrt_layers
 from losssurf_fast.nn.stochastic import stochastic_layers
 from losssurf_fast.nn.variance_cache import VarianceCache
 from losssurf_fast.outputs import class_logits
@@ -57,10 +57,13 @@ def cached_variances(model: nn.Module):
             probs = lsf.predict(model, x, num_samples=100)
 
     For weights that do not change: it costs one more tensor of each weight's size, in the activations' dtype (float32
-    for float16). Variances are made anew after a write to a parameter that autograd counts, as an optimizer's or
-    ``load_state_dict``'s; writes through ``.data`` go unseen. Gradients are those without it. Covers ``LRTLinear`` and
-    ``LRTMultiheadAttention``; inside ``torch.compile`` and ``torch.func`` transforms, and for parametrized weights,
-    nothing is kept. Contexts nest; copies of the model keep nothing.
+    for float16). Kept are the variances of parameters that take no gradient: under ``torch.no_grad()``, as in
+    ``lsf.predict``, or frozen by ``requires_grad_(False)``; a forward that may be a training step's drops what is kept.
+    They are also made anew where a parameter was replaced, moved, or written to with autograd's knowledge, as by
+    ``load_state_dict``; other writes in place (``.data``, an optimizer with ``fused=True`` that got its gradients
+    elsewhere) go unseen. Covers ``LRTLinear`` and ``LRTMultiheadAttention``. Nothing is kept inside ``torch.compile``,
+    ``torch.func`` transforms and the capture of a CUDA graph, nor of parametrized weights or those of a
+    ``functional_call``. Contexts nest and may overlap; copies of the model keep nothing.
 
     Raises:
         TypeError, ValueError: not a module, or one without LRT layers or with sharded parameters, whose memory a
@@ -70,14 +73,24 @@ def cached_variances(model: nn.Module):
     for layer in layers:
         if any(hasattr(posterior.scale, "device_mesh") for posterior in layer.posteriors()):
             raise ValueError(f"cached_variances: {type(model).__name__} must not be sharded; its weights are gathered")
-    before = [layer.variances for layer in layers]
+    opened: list[tuple[LRTLayer, VarianceCache]] = []
 
-    def switch(caches: list[VarianceCache | None]) -> None:
-        for layer, cache in zip(layers, caches, strict=True):
-            layer.variances = cache
+    def close() -> None:
+        while opened:
+            layer, cache = opened.pop()
+            cache.contexts -= 1
+            if cache.contexts == 0:
+                cache.clear()
+                if layer.__dict__.get("variances") is cache:
+                    del layer.variances
 
-    with afterwards(lambda: switch(before)):
-        switch([VarianceCache() if cache is None else cache for cache in before])
+    with afterwards(close):
+        for layer in layers:
+            cache = layer.variances
+            if cache is None:
+                cache = layer.variances = VarianceCache()
+            cache.contexts += 1
+            opened.append((layer, cache))
         yield model
 
 

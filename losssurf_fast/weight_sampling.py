@@ -173,7 +173,7 @@ def set_variance_dtype(model: nn.Module, dtype: torch.dtype | str | None) -> nn.
             chosen.append(layer)
         else:
             left.append(f"{name}: its sizes {sizes} are not multiples of {FLOAT8_MULTIPLE}")
-    if not chosen:
+    if not chosen and dtype is not None:
         raise ValueError(f"{caller}: {type(model).__name__} has no layer that can have it; {'; '.join(left)}")
     for layer in chosen:
         layer.variance_dtype = dtype

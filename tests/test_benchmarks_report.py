@@ -82,6 +82,12 @@ def test_newest_clean_full_run_counts():
     assert [row["median_ms"] for row in kept if row["provider"] == "ours"] == [0.5, 7.0]
 
 
+def test_a_short_run_leaves_the_others_of_a_fuller_one_standing():
+    fuller = [result("ours", float(size), shape=[size], date="2026-04-01T10:00:00+00:00") for size in (16, 32)]
+    shorter = result("ours", 3.0, shape=[32], date="2026-05-01T10:00:00+00:00")
+    assert [row["median_ms"] for row in report.newest([*fuller, shorter])] == [16.0, 3.0]
+
+
 def test_section_of_a_readme_is_replaced_and_markers_are_demanded():
     text = f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n"
     assert report.with_section(text, "new") == f"before\n{report.BEGIN}\nnew\n{report.END}\nafter\n"

@@ -6,9 +6,12 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import parametrize
 
 import losssurf_fast as lsf
+from losssurf_fast import ops
 from losssurf_fast.nn import variance_cache
 from losssurf_fast.ops.lrt import PARAMETERIZATIONS
 
@@ -38,33 +41,77 @@ def layer(parameterization="additive", dtype=torch.float32):
 @pytest.mark.parametrize("parameterization", PARAMETERIZATIONS)
 def test_outputs_and_gradients_are_those_without_it(parameterization, dtype, made):
     linear, x = layer(parameterization, dtype), torch.randn(3, 6, dtype=dtype, requires_grad=True)
-    wanted = [x, *linear.parameters()]
     y = linear(x, SEED)
-    gradients = torch.autograd.grad(y.square().sum(), wanted)
+    (gradient,) = torch.autograd.grad(y.square().sum(), x)
+    linear.requires_grad_(False)
     with lsf.cached_variances(linear):
         for _ in range(3):
             cached = linear(x, SEED)
             assert torch.equal(cached, y)
-            for got, expected in zip(torch.autograd.grad(cached.square().sum(), wanted), gradients, strict=True):
-                assert torch.equal(got, expected)
+            assert torch.equal(torch.autograd.grad(cached.square().sum(), x)[0], gradient)
     assert len(made) == 1
     assert linear.variances is None and torch.equal(linear(x, SEED), y)
 
 
-def test_a_write_to_a_parameter_makes_them_anew(made):
+@pytest.mark.parametrize("parameterization", PARAMETERIZATIONS)
+def test_a_ready_made_operand_takes_no_gradient_from_the_parameters(parameterization):
+    linear, x = layer(parameterization), torch.randn(3, 6, requires_grad=True)
+    inputs = (x, linear.weight, linear.scale, linear.bias)
+    options = {"parameterization": parameterization, "seed": SEED}
+    wanted = [t for t in inputs if t is not None]
+    operand = ops.lrt_variance_operand(
+        linear.weight, linear.scale, parameterization=parameterization, dtype=torch.float32
+    )
+    found, expected = (
+        torch.autograd.grad(ops.lrt_linear(*inputs, **options, **more).square().sum(), wanted)
+        for more in ({"variance_operand": operand}, {})
+    )
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def optimizers(parameters):
+    yield torch.optim.SGD(parameters, 0.1, momentum=0.9)
+    yield torch.optim.SGD(parameters, 0.1, fused=True)  # whose writes autograd does not count
+    yield torch.optim.AdamW(parameters, 0.1, fused=True)
+    yield torch.optim.Adam(parameters, 0.1, foreach=True)
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_training_between_predictions_is_seen(number):
     linear, x = layer(), torch.randn(3, 6)
-    optimizer = torch.optim.SGD(linear.parameters(), 0.1)
+    optimizer = list(optimizers([*linear.parameters()]))[number]
     with lsf.cached_variances(linear):
-        linear(x, SEED).square().sum().backward()
-        optimizer.step()
-        stepped = linear(x, SEED)
+        for _ in range(3):
+            with torch.no_grad():
+                cached = linear(x, SEED)
+            assert torch.equal(cached, linear(x, SEED))
+            optimizer.zero_grad()
+            linear(x, SEED).square().sum().backward()
+            optimizer.step()
+
+
+def test_parameters_that_change_otherwise_are_seen(made):
+    linear, x = layer(), torch.randn(3, 6)
+
+    def loaded():
         linear.load_state_dict({k: v + 1 for k, v in linear.state_dict().items()})
-        loaded = linear(x, SEED)
+
+    def replaced():
         linear.log_sigma2 = nn.Parameter(linear.log_sigma2 - 2)
-        replaced = linear(x, SEED)
-    assert len(made) == 4
-    assert torch.equal(replaced, linear(x, SEED))
-    assert not torch.equal(stepped, loaded) and not torch.equal(loaded, replaced)
+
+    def installed():
+        nn.utils.vector_to_parameters(nn.utils.parameters_to_vector(linear.parameters()) * 0.5, linear.parameters())
+
+    with torch.no_grad(), lsf.cached_variances(linear):
+        for change in (loaded, replaced, installed, lambda: linear.log_sigma2.add_(1), lambda: linear.double()):
+            x = x.to(linear.weight.dtype)
+            before = linear(x, SEED)
+            change()
+            x = x.to(linear.weight.dtype)
+            after, count = linear(x, SEED), len(made)
+            assert torch.equal(after, linear(x, SEED)) and len(made) == count
+            linear.variances.clear()
+            assert torch.equal(after, linear(x, SEED)) and not torch.equal(after, before)
 
 
 def test_one_for_each_dtype_of_activations(made):
@@ -94,6 +141,18 @@ def test_attention_keeps_its_projections(parameterization, made):
     assert before == len(made) > 0
 
 
+def test_attention_to_other_keys_keeps_other_parts(made):
+    torch.manual_seed(0)
+    model = lsf.to_lrt(nn.MultiheadAttention(8, 2, batch_first=True)).eval()
+    x, memory = torch.randn(2, 5, 8), torch.randn(2, 3, 8)
+    call = lambda keys: model(x, keys, keys, need_weights=False, seed=SEED)[0]
+    with torch.no_grad(), lsf.prediction(model, "stochastic"):
+        expected = [call(keys) for keys in (x, memory, x)]
+        with lsf.cached_variances(model):
+            found = [call(keys) for keys in (x, memory, x)]
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)) and len(made) > 0
+
+
 class Logits(nn.Module):
     def __init__(self, attention):
         super().__init__()
@@ -103,7 +162,8 @@ class Logits(nn.Module):
         return self.attention(x, x, x, need_weights=False)[0]
 
 
-def test_contexts_nest_and_end_by_exceptions(made):
+@torch.no_grad()
+def test_contexts_nest_overlap_and_end_by_exceptions(made):
     linear, x = layer(), torch.randn(3, 6)
     with pytest.raises(KeyError), lsf.cached_variances(linear):
         linear(x, SEED)
@@ -113,43 +173,47 @@ def test_contexts_nest_and_end_by_exceptions(made):
         assert linear.variances is outer
         raise KeyError
     assert linear.variances is None and len(made) == 1
+    first, second = lsf.cached_variances(linear), lsf.cached_variances(linear)
+    first.__enter__(), second.__enter__(), first.__exit__(None, None, None)
+    assert linear.variances is not None
+    second.__exit__(None, None, None)
+    assert linear.variances is None
 
 
-def test_copies_and_pickles_keep_nothing():
-    linear = layer()
+@torch.no_grad()
+def test_copies_and_pickles_keep_nothing(made):
+    linear, x = layer(), torch.ones(2, 6)
     with lsf.cached_variances(linear):
-        linear(torch.ones(2, 6), SEED)
+        linear(x, SEED)
         assert copy.deepcopy(linear).variances is None
         assert pickle.loads(pickle.dumps(linear)).variances is None
+        shallow = copy.copy(linear)
+        plain = lsf.from_lrt(copy.deepcopy(linear))
+    shallow(x, SEED)
+    assert len(made) == 1 and not shallow.variances and not hasattr(plain, "variances")
 
 
-def test_parametrized_weights_are_made_every_time(made):
+@torch.no_grad()
+def test_of_weights_that_one_call_has_nothing_is_kept(made):
     class Double(nn.Module):
         def forward(self, t):
             return 2 * t
 
-    linear, x = layer(), torch.randn(3, 6)
-    parametrize.register_parametrization(linear, "log_sigma2", Double())
-    with lsf.cached_variances(linear):
-        before = linear(x, SEED)
-        with torch.no_grad():
-            linear.parametrizations.log_sigma2.original.sub_(1)
-        after = linear(x, SEED)
-    assert len(made) == 2
-    assert torch.equal(after, linear(x, SEED)) and not torch.equal(after, before)
-
-
-def test_functional_call_sees_its_own_parameters():
     linear, x = layer(), torch.randn(3, 6)
     others = {name: p.detach() * 0.5 for name, p in linear.named_parameters()}
     expected = torch.func.functional_call(linear, others, (x, SEED))
     with lsf.cached_variances(linear):
         linear(x, SEED)
         assert torch.equal(torch.func.functional_call(linear, others, (x, SEED)), expected)
+        assert not linear.variances
+        parametrize.register_parametrization(linear, "log_sigma2", Double())
+        linear(x, SEED)
+        assert not linear.variances
+    assert len(made) == 1
 
 
-def test_inside_transforms_and_compile_nothing_is_kept(made):
-    linear, x = layer(), torch.randn(3, 6)
+def test_under_tracing_nothing_is_kept(made):
+    linear, x = layer().requires_grad_(False), torch.randn(3, 6)
     seed = torch.tensor(SEED)
     loss = lambda p: torch.func.functional_call(linear, p, (x, seed)).sum()
     parameters = dict(linear.named_parameters())
@@ -158,9 +222,16 @@ def test_inside_transforms_and_compile_nothing_is_kept(made):
     with lsf.cached_variances(linear):
         found = torch.func.grad(loss)(parameters)
         assert torch.equal(compiled(x, seed), linear(x, seed))
+        made.clear()
+        linear.variances.clear()
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            linear(torch.empty(3, 6), seed)
+        graph = make_fx(lambda x: linear(x, seed), tracing_mode="real")(x)
+        assert made == [] and not linear.variances
+        assert type(linear(x, seed)) is torch.Tensor
+        assert torch.equal(graph(x), linear(x, seed))
     for name in parameters:
         assert torch.equal(found[name], expected[name])
-    assert len(made) == 1  # by the plain forward
 
 
 def test_inference_tensors_are_made_every_time(made):
@@ -169,6 +240,14 @@ def test_inference_tensors_are_made_every_time(made):
         with lsf.cached_variances(linear):
             linear(x, SEED)
     assert made == []
+
+
+def test_a_bad_input_has_the_error_that_it_has_without():
+    linear = layer()
+    with torch.no_grad(), lsf.cached_variances(linear):
+        for bad in ("x", torch.ones(2, 6, dtype=torch.int64)):
+            with pytest.raises(TypeError, match=r"^lrt_linear: x must"):
+                linear(bad)
 
 
 def test_refusals():

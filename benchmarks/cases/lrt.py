@@ -9,11 +9,12 @@ from torch.nn import functional as F
 from benchmarks.cases import GPU_COPY, Case, Setup, captured, dtype_of
 from benchmarks.gemm import fastest_products
 from losssurf_fast.ops.lrt import lrt_linear
-from losssurf_fast.ops.lrt_operand import FLOAT8
+from losssurf_fast.ops.lrt_operand import FLOAT8, lrt_variance_operand
 from losssurf_fast.ops.lrt_sample import lrt_sample
 
 SHAPES = ((32, 10, 500), (64, 512, 784), (128, 1024, 1024), (512, 4096, 1024))  # (M, N, K): batch, outputs, inputs
-GPU_SHAPES = ((8192, 4096, 4096), (8192, 8192, 8192), (4096, 4096, 1024), (64, 4096, 4096))
+FEW_ROWS = (64, 4096, 4096)
+GPU_SHAPES = ((8192, 4096, 4096), (8192, 8192, 8192), (4096, 4096, 1024), FEW_ROWS)
 SAMPLE_SHAPE = (16384, 8192)
 TINY = (4, 3, 5)
 
@@ -24,10 +25,10 @@ def eager_lrt_linear(x, weight, scale, bias, parameterization: str) -> torch.Ten
     if weight is not None:
         mean = F.linear(x, weight, bias)
         if parameterization != "additive":
-            sigma2 = (sigma2.unsqueeze(1) if parameterization == "neuron" else sigma2) * weight.square()
+            sigma2 = (sigma2.unsqueeze(1) if parameterization == "neuron" else sigma2) * weight * weight
     else:
         mean = bias
-    var = F.linear(x.square(), sigma2)
+    var = F.linear(x * x, sigma2)  # CUDA's autocast takes square to fp32
     return mean + torch.sqrt(var + 1e-16) * torch.randn_like(var)
 
 
@@ -62,7 +63,7 @@ def traffic(shape, itemsize: int, parameterization: str, mode: str, parameter_it
     return {"forward": forward, "backward": backward, "full": forward + backward}[mode]
 
 
-def _setup(shape, dtype: torch.dtype, parameterization: str, mode: str, parameter_dtype, in_graph: bool, float8: bool):
+def _setup(shape, dtype: torch.dtype, parameterization: str, mode: str, parameter_dtype, in_graph, float8, ready):
     def setup(device: torch.device) -> Setup:
         tensors = inputs(shape, dtype, parameterization, device, parameter_dtype)
         x, weight, scale, _ = tensors
@@ -74,8 +75,12 @@ def _setup(shape, dtype: torch.dtype, parameterization: str, mode: str, paramete
             eager = torch.autocast(device.type, dtype)(eager)
 
         def ours(x, weight, scale, bias):
-            return lrt_linear(x, weight, scale, bias, parameterization=parameterization, variance_dtype=variance_dtype)
+            options = {"variance_dtype": variance_dtype, "variance_operand": operand}
+            return lrt_linear(x, weight, scale, bias, parameterization=parameterization, **options)
 
+        operand = None
+        if ready:
+            operand = lrt_variance_operand(weight, scale, parameterization=parameterization, dtype=dtype)
         variance_dtype = FLOAT8 if float8 and device.type == "cuda" else None  # a CPU has none, and runs the rest
         streams = 1 if weight is None else 2
         gemms = products(x, scale if weight is None else weight, shape, mode, streams)
@@ -95,9 +100,13 @@ def _case(
     parameter_dtype="fp32",
     in_graph=False,
     float8=False,
+    ready=False,
     **extra,
 ) -> Case:
-    """``in_graph``: as a CUDA graph, so that the kernels alone are timed. ``float8``: ours has that variance stream."""
+    """``in_graph``: as a CUDA graph, so that the kernels alone are timed. ``float8``: ours has that variance stream.
+
+    ``ready``: ours has sigma^2 from before, as inside ``lsf.cached_variances``.
+    """
     variant = [parameterization]
     if parameter_dtype != "fp32":
         variant.append(f"{parameter_dtype} parameters")
@@ -105,6 +114,8 @@ def _case(
         variant.append("in a CUDA graph")
     if float8:
         variant.append("float8 variance")
+    if ready:
+        variant.append("sigma2 ready")
     parameter_dtype = dtype_of(parameter_dtype)
     gemms = (1 if parameterization == "variance" else 2) * {"forward": 1, "backward": 2, "full": 3}[mode]
     return Case(
@@ -113,7 +124,7 @@ def _case(
         mode=mode,
         variant=", ".join(variant),
         dtype=dtype,
-        setup=_setup(shape, dtype_of(dtype), parameterization, mode, parameter_dtype, in_graph, float8),
+        setup=_setup(shape, dtype_of(dtype), parameterization, mode, parameter_dtype, in_graph, float8, ready),
         bytes=traffic(shape, dtype_of(dtype).itemsize, parameterization, mode, parameter_dtype.itemsize),
         flops=2 * gemms * math.prod(shape),
         **extra,
@@ -173,6 +184,7 @@ def gpu_cases(tiny: bool = False) -> list[Case]:
         _case(shallow, "forward", targets={1: 1.4}, **bf16),
         _case(few, "forward", targets={1: 2.0}, **bf16),
         _case(few, "forward", targets={1: 2.0}, in_graph=True, **bf16),
+        _case(few, "forward", ready=True, **bf16),
         _case(large, targets={1: 1.1}, peak_target=0.5, **bf16),
         _case(largest, targets={1: 1.1}, peak_target=0.5, **bf16),
         _case(shallow, peak_target=0.5, **bf16),
@@ -191,6 +203,7 @@ def cases(tiny: bool = False, device_type: str = "cpu") -> list[Case]:
     if device_type == "cuda":
         return gpu_cases(tiny)
     smallest, small, middle, large = (TINY,) * 4 if tiny else SHAPES
+    wide = TINY if tiny else FEW_ROWS
     result = [
         _case(smallest, targets=_both(1.2), headline=True),
         _case(small, targets=_both(2.0), headline=True),
@@ -203,5 +216,7 @@ def cases(tiny: bool = False, device_type: str = "cpu") -> list[Case]:
         _case(large, dtype="bf16", targets=_both(1.1)),
         _case(middle, parameterization="variance", targets=_both(1.8), headline=True),
         *(_case(middle, parameterization=p, targets=_both(1.0)) for p in ("layer", "neuron", "weight")),
+        *(_case(wide, "forward", dtype=dtype, ready=ready) for dtype in ("fp32", "bf16") for ready in (False, True)),
+        *(_case(middle, "forward", dtype=dtype, ready=True) for dtype in ("fp32", "bf16")),
     ]
     return result

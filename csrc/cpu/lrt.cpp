@@ -13,6 +13,13 @@ namespace {
 
 // ---- the layer ---------------------------------------------------------------------------------------
 
+// The mean weights; undefined for "variance".
+Tensor weights_of(Kind kind, const MaybeTensor& weight) {
+  if (kind == Kind::variance) return Tensor();
+  TORCH_CHECK_VALUE(weight, "lrt_linear: weight is missing for another parameterization than \"variance\"");
+  return weight->contiguous();
+}
+
 // What the kernels' pointers rely on; ops/lrt.py has the checks that explain.
 void check_shapes(Kind kind, const Tensor& x, const Tensor& weight, const Tensor& scale, const Tensor& bias) {
   const Tensor& matrix = kind == Kind::variance ? scale : weight;
@@ -67,7 +74,9 @@ std::tuple<Tensor, Tensor> lrt_variance_operand_cpu(const MaybeTensor& maybe_wei
                               "lrt_variance_operand: float8 operands are not multiplied on the CPU");
   const KernelScope scope;
   const Kind kind = kind_of(parameterization);
-  const Tensor scale = scale_in.contiguous(), weight = kind == Kind::variance ? Tensor() : maybe_weight->contiguous();
+  const Tensor scale = scale_in.contiguous(), weight = weights_of(kind, maybe_weight);
+  const Tensor& matrix = kind == Kind::variance ? scale : weight;
+  check_shapes(kind, matrix, weight, scale, Tensor());
   Scratch scratch;
   return {variance_operand(kind, weight, scale, dtype, scratch).clone(), at::empty({0}, scale.options().dtype(at::kFloat))};
 }
@@ -82,7 +91,7 @@ std::tuple<Tensor, Tensor> lrt_linear_cpu(const Tensor& x, const MaybeTensor& ma
   const auto operand = operand_dtype(x);
   Scratch scratch;
   const Tensor a = scratch.cast(x, operand), scale = scale_in.contiguous();
-  const Tensor weight = kind == Kind::variance ? Tensor() : maybe_weight->contiguous();
+  const Tensor weight = weights_of(kind, maybe_weight);
   const Tensor bias = maybe_bias ? maybe_bias->to(wide_dtype(x)).contiguous() : Tensor();
   check_shapes(kind, x, weight, scale, bias);
   TORCH_CHECK_TYPE(!row_scale, "lrt_linear: float8 operands are not multiplied on the CPU");
@@ -111,7 +120,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lrt_linear_backward_cpu(
   const bool outer_alpha = alpha_in_output_space(kind);
   Scratch scratch;
   const Tensor a = scratch.cast(x, operand), scale = scale_in.contiguous();
-  const Tensor weight = kind == Kind::variance ? Tensor() : maybe_weight->contiguous();
+  const Tensor weight = weights_of(kind, maybe_weight);
   const Tensor grad = grad_in.contiguous();
   check_shapes(kind, x, weight, scale, Tensor());
   TORCH_CHECK_VALUE(grad.sizes() == var.sizes(), "lrt_linear_backward: grad must have var's shape ", var.sizes(),

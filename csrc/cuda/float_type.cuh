@@ -52,7 +52,7 @@ template <class F, class T, int N> LSF_INLINE void load_pack(const T* from, F (&
 #pragma unroll
   for (int i = 0; i < N; ++i) convert(pack.value[i], x[i]);
 }
-// One instruction each: left to itself, the compiler may write the parts of a word one by one.
+// To global memory, by one instruction each: left to itself, the compiler may write the parts of a word one by one.
 LSF_INLINE void write_word(uint4* to, uint4 word) {
 #ifdef __CUDA_ARCH__
   asm("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "r"(word.x), "r"(word.y),

@@ -197,8 +197,10 @@ __global__ void __launch_bounds__(kThreads, 4)  // at most 64 registers
         to_weight[e] = g.weight, to_scale[e] = g.scale;
       }
       if (t.grad_weight) store_as(t.type, to_weight, t.grad_weight, i, packs, left);
-      if (t.sums) store_pack(to_scale, values + (i - first));
-      else if (t.grad_scale) store_as(t.scale_type, to_scale, t.grad_scale, i, packs, left);
+      if (t.sums) {  // not store_pack, which writes to global memory
+#pragma unroll
+        for (int e = 0; e < kQuad; ++e) values[i - first + e] = to_scale[e];
+      } else if (t.grad_scale) store_as(t.scale_type, to_scale, t.grad_scale, i, packs, left);
     });
     if (t.sums) {
       __syncthreads();

@@ -223,7 +223,7 @@ class _Projection:
             input, self.weight, self.scale, self.bias, parameterization=self.parameterization, seed=seed,
             col_offset=self.column, variance_dtype=self.variance_dtype,
             variance_operand=cached_operand(
-                self, (self.name, self.of_weight.start), self.held, input, self.weight, self.scale
+                self, (self.name, self.of_weight.start, self.of_weight.stop), self.held, input, self.weight, self.scale
             ),
         )  # fmt: skip
 

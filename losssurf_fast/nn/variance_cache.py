@@ -1,29 +1,42 @@
 """The variances of a layer's weights, kept between forwards that do not change the weights."""
 
 from collections.abc import Hashable
+from typing import NamedTuple
 
 import torch
+from torch import nn
 
 from losssurf_fast._library import autocast_dtype_of, composite_needed
 from losssurf_fast.ops.lrt_operand import VarianceOperand, lrt_variance_operand, operand_dtype
+from losssurf_fast.ops.lrt_sample import LRT_DTYPES
 
 
 class VarianceCache(dict):
-    """What a layer inside ``lsf.cached_variances`` has made, by slot; its copies and pickles have none."""
+    """What a layer inside ``lsf.cached_variances`` has made, by slot; its copies and pickles have none.
+
+    ``contexts`` counts those that are open: when the last one ends, it is empty and keeps nothing more.
+    """
+
+    def __init__(self) -> None:
+        self.contexts = 0
 
     def operand(self, slot: Hashable, held: tuple, dtype: torch.dtype, make) -> VarianceOperand | None:
         """sigma^2 in ``dtype``, by ``make(dtype)`` unless it is known; None where it cannot be kept.
 
-        It is known for the very tensors ``held``, if nothing has written to them. Holding them keeps another tensor
-        from taking their place in memory.
+        It is known for the very Parameters ``held``, if they lie where they did and nothing that autograd counts has
+        written to them. Parameters about to be trained have none: not all optimizers are counted.
         """
-        if torch.compiler.is_compiling() or composite_needed() or any(t.is_inference() for t in held):
-            return None  # nobody counts the writes
-        written = [t._version for t in held]
+        if self.contexts == 0 or not may_keep(held):
+            self.pop(slot, None)
+            return None
+        state = (dtype, *((t._version, t.data_ptr(), t.dtype) for t in held))
         known = self.get(slot)
-        if known is None or not known.serves(held, written, dtype):
-            known = self[slot] = _Known(held, written, dtype, make(dtype))
+        if known is None or known.state != state or any(a is not b for a, b in zip(held, known.held, strict=True)):
+            known = self[slot] = _Known(held, state, make(dtype))
         return known.operand
+
+    def __copy__(self) -> None:
+        return None
 
     def __deepcopy__(self, memo) -> None:
         return None
@@ -32,13 +45,24 @@ class VarianceCache(dict):
         return type(None), ()
 
 
-class _Known:
-    def __init__(self, held: tuple, written: list[int], dtype: torch.dtype, operand: VarianceOperand) -> None:
-        self.held, self.written, self.dtype, self.operand = held, written, dtype, operand
+class _Known(NamedTuple):
+    held: tuple  # alive, so that no other tensor takes their place in memory
+    state: tuple
+    operand: VarianceOperand
 
-    def serves(self, held: tuple, written: list[int], dtype: torch.dtype) -> bool:
-        same = len(held) == len(self.held) and all(a is b for a, b in zip(held, self.held, strict=True))
-        return same and written == self.written and dtype == self.dtype
+
+def may_keep(held: tuple) -> bool:
+    """Whether a tensor made of ``held`` outlives this call with a meaning.
+
+    Not under what traces, fakes or captures this call, and not of what only this call has, or a step may change.
+    """
+    if torch.compiler.is_compiling() or composite_needed() or torch._C._len_torch_dispatch_stack() > 0:
+        return False
+    if any(not isinstance(t, nn.Parameter) or t.is_inference() for t in held):
+        return False
+    if torch.is_grad_enabled() and any(t.requires_grad for t in held):
+        return False
+    return not (held[0].is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def cached_operand(layer, slot: Hashable, held: tuple, x, weight, scale) -> VarianceOperand | None:
@@ -47,7 +71,7 @@ def cached_operand(layer, slot: Hashable, held: tuple, x, weight, scale) -> Vari
     None where ``layer`` keeps none. It has a ``parameterization``, a ``variance_dtype`` and ``variances``, a cache or
     None.
     """
-    if layer.variances is None:
+    if layer.variances is None or not isinstance(x, torch.Tensor) or x.dtype not in LRT_DTYPES:
         return None
     make = lambda dtype: lrt_variance_operand(weight, scale, parameterization=layer.parameterization, dtype=dtype)
     dtype = layer.variance_dtype or operand_dtype(autocast_dtype_of(x))

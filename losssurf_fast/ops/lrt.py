@@ -226,9 +226,13 @@ def chosen_operand(x, weight, scale, parameterization, variance_dtype, operand) 
 
 
 def check_operand(t, what: str, dtype: torch.dtype, shape, device: torch.device) -> None:
-    if t is None or t.dtype != dtype or t.shape != shape or t.device != device:
-        found = None if t is None else f"{t.dtype} {tuple(t.shape)} on {t.device}"
-        raise ValueError(f"lrt_linear: {what} must be {dtype} {tuple(shape)} on {device}, got {found}")
+    if not isinstance(t, torch.Tensor):
+        raise TypeError(f"lrt_linear: {what} must hold a tensor, got {type(t).__name__}")
+    if t.dtype != dtype or t.shape != shape or t.device != device or t.layout != torch.strided:
+        found = f"{t.dtype} {tuple(t.shape)} on {t.device}, {t.layout}"
+        raise ValueError(f"lrt_linear: {what} must be {dtype} {tuple(shape)} on {device}, strided, got {found}")
+    if t.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"lrt_linear: {what} must not require a gradient: it would get none")
 
 
 def lrt_linear(

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 
 from losssurf_fast._library import define
-from losssurf_fast.ops.lrt_sample import check_companion
+from losssurf_fast.ops.lrt_sample import HALF_DTYPES, LRT_DTYPES, check_companion
 
 FLOAT8 = torch.float8_e4m3fn
 FLOAT8_CAPABILITY = (8, 9)  # of the first GPUs that multiply it
@@ -171,13 +171,13 @@ define(
 
 @torch.no_grad()
 def lrt_variance_operand(
-    weight: torch.Tensor | None, scale: torch.Tensor, *, parameterization: str, dtype: torch.dtype
+    weight: torch.Tensor | None, scale: torch.Tensor, *, parameterization: str, dtype: torch.dtype | str
 ) -> VarianceOperand:
     """sigma^2 of Gaussian weights, for ``lrt_linear(..., variance_operand=...)``. Not differentiable.
 
     Args:
         weight, scale, parameterization: as in :func:`lrt_linear`.
-        dtype: that of x (float32 for float16 x), or ``torch.float8_e4m3fn``.
+        dtype: that of x (float32 for float16 x), or "float8_e4m3fn" (or torch's).
 
     Returns:
         sigma^2 ``[O, I]`` in ``dtype``, without alpha for "layer" and "neuron", and for float8 the power of two
@@ -189,15 +189,21 @@ def lrt_variance_operand(
         RuntimeError: float8 on a device that does not multiply it.
     """
     name = "lrt_variance_operand"
-    matrix = scale if weight is None else weight
-    if not isinstance(matrix, torch.Tensor) or matrix.dim() != 2:
-        found = tuple(matrix.shape) if isinstance(matrix, torch.Tensor) else type(matrix).__name__
-        raise ValueError(f"{name}: the weights must be a tensor [out_features, in_features], got {found}")
-    matrix, matrix_name = check_kind(name, matrix, weight, scale, parameterization, "weight")
+    # Parameters are as beside an x of the narrower of their dtypes.
+    main, main_name = (weight, "weight") if weight is not None else (scale, "scale")
+    if isinstance(scale, torch.Tensor) and scale.dtype in HALF_DTYPES:
+        main, main_name = scale, "scale"
+    if not isinstance(main, torch.Tensor) or main.dtype not in LRT_DTYPES:
+        found = main.dtype if isinstance(main, torch.Tensor) else type(main).__name__
+        raise TypeError(f"{name}: {main_name} must be a tensor of one of the dtypes {LRT_DTYPES}, got {found}")
+    matrix, matrix_name = check_kind(name, main, weight, scale, parameterization, main_name)
+    if matrix.dim() != 2:
+        raise ValueError(f"{name}: {matrix_name} must be [out_features, in_features], got {tuple(matrix.shape)}")
     check_scale_and_bias(name, matrix, matrix, scale, None, parameterization, matrix.shape[0])
     wanted = (torch.float64,) if matrix.dtype == torch.float64 else (torch.float32, torch.bfloat16, FLOAT8)
+    dtype = FLOAT8 if dtype == "float8_e4m3fn" else dtype
     if dtype not in wanted:
-        raise TypeError(f"{name}: dtype must be one of {wanted} beside {matrix_name} in {matrix.dtype}, got {dtype}")
+        raise TypeError(f"{name}: dtype must be one of {wanted} beside {matrix_name} in {matrix.dtype}, got {dtype!r}")
     if dtype == FLOAT8:
         check_float8(name, matrix)
     sigma2, row_scale = torch.ops.losssurf_fast.lrt_variance_operand.default(weight, scale, parameterization, dtype)
