@@ -260,3 +260,25 @@ def test_refusals():
     refused = pytest.raises(ValueError, match=r"^cached_variances: LRTLinear must not be sharded")
     with refused, lsf.cached_variances(linear):
         pass
+
+
+def test_operands_that_cannot_be_right_are_refused():
+    x, weight, scale = torch.randn(3, 6), torch.randn(4, 6), torch.full((4, 6), -3.0)
+    options = {"parameterization": "additive", "seed": SEED}
+    sigma2, _ = ops.lrt_variance_operand(weight, scale, parameterization="additive", dtype=torch.float32)
+    for wrong, error in (
+        (sigma2.to_sparse(), ValueError), (sigma2.clone().requires_grad_(), ValueError), ([[1.0]], TypeError),
+        (sigma2[:3], ValueError), (sigma2.double(), ValueError),
+    ):  # fmt: skip
+        with pytest.raises(error, match=r"^lrt_linear: variance_operand must"):
+            ops.lrt_linear(x, weight, scale, **options, variance_operand=ops.VarianceOperand(wrong))
+    with pytest.raises(TypeError, match=r"^lrt_variance_operand: weight must be a tensor of one of"):
+        ops.lrt_variance_operand(weight.int(), scale, parameterization="additive", dtype=torch.float32)
+    half = ops.lrt_variance_operand(weight, scale.bfloat16(), parameterization="weight", dtype=torch.bfloat16)
+    assert half.sigma2.dtype == torch.bfloat16  # fp32 weights beside a bf16 scale, as in lrt_linear
+    for op in (torch.ops.losssurf_fast.lrt_variance_operand, torch.ops.losssurf_fast.lrt_linear):
+        arguments = (None, scale, "additive", torch.float32)
+        if op is torch.ops.losssurf_fast.lrt_linear:
+            arguments = (x, None, scale, None, torch.tensor(SEED), "additive")
+        with pytest.raises(ValueError, match="weight is missing"):
+            op(*arguments)

@@ -5,7 +5,8 @@ from aot.noise import TILE
 from losssurf_fast.ops import lrt_sample_triton
 from losssurf_fast.ops.noise_triton import EXACT
 
-# Instructions for an element, forward and backward. By a model of an H200, 41 would take as long as the 6 bytes of an element in bf16.
+# Instructions for an element, forward and backward. By a model of an H200, 41 would take as long as the 6 bytes of an
+# element in bf16.
 PER_ELEMENT = {"linear": (42, 50), "contiguous": (48, 56), "channels_last": (53, 61)}
 FORMATS = {"linear": TILE, "contiguous": TILE, "channels_last": {"SHIFT": 0, "BLOCK_M": 128, "BLOCK_N": 8}}
 
