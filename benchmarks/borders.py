@@ -48,12 +48,11 @@ class Sweep:
 
 
 def lrt_inputs(rows: int, sizes: tuple[int, int], dtype: torch.dtype, parameterization: str, device) -> tuple:
-    """(x, weight, scale, bias): parameters in fp32."""
-    outputs, features = sizes
-    x = torch.randn(rows, features, device=device).to(dtype)
-    weight = torch.randn(outputs, features, device=device) / features**0.5
-    scale = torch.full((outputs,) if parameterization == "neuron" else sizes, -5.0, device=device)
-    return x, None if parameterization == "variance" else weight, scale, torch.zeros(outputs, device=device)
+    """(x, weight, scale, bias) of that benchmark, whose kernels are called below autograd."""
+    from benchmarks.cases.lrt import inputs
+
+    drawn = inputs((rows, *sizes), dtype, parameterization, device)
+    return tuple(None if t is None else t.detach() for t in drawn)
 
 
 def linear_forward(parameterization: str, rows: int, sizes, dtype: torch.dtype, device, capability) -> Calls:

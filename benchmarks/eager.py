@@ -12,15 +12,16 @@ from losssurf_fast.nn import LRTConv2d, LRTLinear
 from losssurf_fast.nn.lrt import LRTLayer
 
 
-def eager_lrt(product, spatial: int, x, weight, log_sigma2, bias) -> torch.Tensor:
+def eager_lrt(product, spatial: int, x, weight, sigma2, bias) -> torch.Tensor:
     """The published formula with torch's noise; our references draw theirs from the kernels under test.
 
     Args:
         product: ``F.linear`` or a convolution.
         spatial: how many sizes its output has behind the channels.
         weight: the means; None where they are zero.
+        sigma2: the variances of the weights.
     """
-    var = product(x * x, log_sigma2.exp())  # CUDA's autocast takes square to fp32
+    var = product(x * x, sigma2)  # CUDA's autocast takes square to fp32
     mean = bias if bias is None else bias.view(-1, *[1] * spatial)
     if weight is not None:
         mean = product(x, weight, bias)
@@ -45,7 +46,7 @@ class EagerLayer(nn.Module):
         self.product, self.spatial = _product(layer)
 
     def forward(self, x):
-        return eager_lrt(self.product, self.spatial, x, self.weight, self.log_sigma2, self.bias)
+        return eager_lrt(self.product, self.spatial, x, self.weight, self.log_sigma2.exp(), self.bias)
 
     def kl(self):
         """From the log-uniform prior, by the published approximation; that of a variance layer is constant."""

@@ -26,8 +26,8 @@ multiplies_float8 = pytest.mark.skipif(ON_GPU and bool(MISSING), reason=MISSING)
 launcher = lrt_operand_triton.float8_rows
 
 
-def rows_rounded_by_torch(weight, scale, parameterization):
-    quantised, row_scale = launcher(weight, scale, parameterization, out_dtype=F32)
+def rows_rounded_by_torch(name, weight, scale, parameterization):
+    quantised, row_scale = launcher(name, weight, scale, parameterization, out_dtype=F32)
     return quantised.to(FLOAT8), row_scale
 
 
@@ -40,7 +40,7 @@ def rounding(monkeypatch):
 
 def assert_squares_match(x):
     """(x, None, "layer") gives the bits of the reference of x^2 in fp32."""
-    found = lrt_operand_triton.float8_rows(x.to(DEVICE), None, "layer")
+    found = lrt_operand_triton.float8_rows("lrt_linear", x.to(DEVICE), None, "layer")
     for actual, expected in zip(found, lrt_operand.float8_rows(x.float().square()), strict=True):
         assert actual.dtype == expected.dtype and actual.shape == expected.shape
         torch.testing.assert_close(actual.cpu().float(), expected.float(), rtol=0, atol=0, equal_nan=True)
@@ -76,7 +76,7 @@ def test_float8_rows_next_to_the_largest_number():
     """exp(s) w^2 = 448 2^k stays 448 (no square is that number), what is above it becomes 224."""
     bits = torch.tensor(1.75).log().view(torch.int32) + torch.arange(-30, 30, dtype=torch.int32).unsqueeze(1)
     log_alpha, weight = bits.view(F32).to(DEVICE), torch.full((60, 1), 4.0, device=DEVICE)
-    scaled, scale = launcher(weight, log_alpha, "weight", out_dtype=F32)
+    scaled, scale = launcher("lrt_linear", weight, log_alpha, "weight", out_dtype=F32)
     assert ((scaled > 224) & (scaled <= 448)).all() and (scaled == 448).any()
     assert sorted(set(scale.tolist())) == [2.0**-4, 2.0**-3]
 
@@ -133,9 +133,9 @@ def gpu_layer(inputs, outputs, **options):
 def test_accumulation_bias(inputs):
     """torch._scaled_mm against fp64 on the same float8 operands: sums of positive products, which truncation lowers."""
     x = torch.randn(512, inputs, device="cuda").to(BF16)
-    operand = launcher(torch.randn(512, inputs, device="cuda"), None, "layer")
+    operand = launcher("lrt_linear", torch.randn(512, inputs, device="cuda"), None, "layer")
     var = lrt_linear_triton.float8_product(x, *operand).double()
-    squares, scale = launcher(x, None, "layer")
+    squares, scale = launcher("lrt_linear", x, None, "layer")
     exact = (squares.double() * scale.double().unsqueeze(1)) @ (operand[0].double() * operand[1].unsqueeze(1)).t()
     error = var / exact - 1
     assert abs(error.mean()) < 4e-3, f"bias {error.mean():.2e}"  # half of it in the standard deviation

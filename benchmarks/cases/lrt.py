@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from benchmarks.cases import GPU_COPY, Case, Setup, captured, dtype_of
+from benchmarks.eager import eager_lrt
 from benchmarks.gemm import fastest_products
 from losssurf_fast.ops.lrt import lrt_linear
 from losssurf_fast.ops.lrt_operand import FLOAT8, lrt_variance_operand
@@ -20,16 +21,10 @@ TINY = (4, 3, 5)
 
 
 def eager_lrt_linear(x, weight, scale, bias, parameterization: str) -> torch.Tensor:
-    """The published formula with torch's noise; lrt_linear_reference draws its noise from the kernel under test."""
     sigma2 = scale.exp()
-    if weight is not None:
-        mean = F.linear(x, weight, bias)
-        if parameterization != "additive":
-            sigma2 = (sigma2.unsqueeze(1) if parameterization == "neuron" else sigma2) * weight * weight
-    else:
-        mean = bias
-    var = F.linear(x * x, sigma2)  # CUDA's autocast takes square to fp32
-    return mean + torch.sqrt(var + 1e-16) * torch.randn_like(var)
+    if parameterization not in ("additive", "variance"):
+        sigma2 = (sigma2.unsqueeze(1) if parameterization == "neuron" else sigma2) * weight * weight
+    return eager_lrt(F.linear, 0, x, weight, sigma2, bias)
 
 
 def inputs(shape, dtype: torch.dtype, parameterization: str, device, parameter_dtype=torch.float32) -> tuple:

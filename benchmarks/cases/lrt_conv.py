@@ -81,7 +81,9 @@ def _setup(shape, dtype: torch.dtype, parameterization: str, mode: str, memory_f
         tensors = inputs(shape, dtype, parameterization, memory_format, device)
         x, weight, scale, _ = tensors
 
-        eager = functools.partial(eager_lrt, functools.partial(F.conv2d, padding=padding), 2)
+        def eager(x, weight, log_sigma2, bias):
+            return eager_lrt(functools.partial(F.conv2d, padding=padding), 2, x, weight, log_sigma2.exp(), bias)
+
         if dtype != torch.float32:
             eager = torch.autocast(device.type, dtype)(eager)
 

@@ -153,7 +153,7 @@ def linear_dual(
 
 def float8_product(x, sigma2, row_scale) -> torch.Tensor:
     """x^2 (sigma^2)^T from float8 operands, in x's dtype."""
-    squares, scale = float8_rows(x, None, "layer")
+    squares, scale = float8_rows("lrt_linear", x, None, "layer")
     return torch._scaled_mm(
         squares, sigma2.t(), scale.unsqueeze(1), row_scale.unsqueeze(0), out_dtype=x.dtype, use_fast_accum=False
     )

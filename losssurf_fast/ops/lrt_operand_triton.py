@@ -148,11 +148,14 @@ def row_tile(cols: int) -> dict[str, int | bool]:
     return {"WHOLE": whole, "BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": block_m * block_n // 512}
 
 
-def float8_rows(weight, scale, parameterization, out_dtype=FLOAT8) -> tuple[torch.Tensor, torch.Tensor]:
-    """sigma^2 in float8 and its row scales; of (x, None, "layer") those of x^2. The inputs are contiguous."""
+def float8_rows(name, weight, scale, parameterization, out_dtype=FLOAT8) -> tuple[torch.Tensor, torch.Tensor]:
+    """sigma^2 in float8 and its row scales, for operator ``name``; of (x, None, "layer") those of x^2.
+
+    The inputs are contiguous.
+    """
     matrix = scale if weight is None else weight
     if matrix.is_cuda:
-        check_float8_device("lrt_linear", matrix.device)
+        check_float8_device(name, matrix.device)
     out = torch.empty_like(matrix, dtype=out_dtype)
     row_scale = torch.empty(matrix.shape[0], dtype=torch.float32, device=matrix.device)
     tile = row_tile(matrix.shape[1])
@@ -179,7 +182,7 @@ def lrt_variance_operand_triton(weight, scale, parameterization, dtype):
         return lrt_variance_operand_reference(weight, scale, parameterization, dtype)
     weight, scale = weight if weight is None else weight.contiguous(), scale.contiguous()
     if dtype == FLOAT8:
-        return float8_rows(weight, scale, parameterization)
+        return float8_rows("lrt_variance_operand", weight, scale, parameterization)
     _, sigma2 = operands(weight, scale, parameterization, dtype, both=False)
     return sigma2, matrix.new_empty(0, dtype=torch.float32)
 
