@@ -140,7 +140,8 @@ def cases(tiny: bool = False, device_type: str = "cpu") -> list[Case]:
             result.append(case("lerp_", "", shapes, dtype, operator, width, goal=goal, headline=True))
             model = _model(shapes, dtype)
             result.append(case("AveragedModel", "", shapes, dtype, model, width, goal=model_goal, headline=True))
-    three = _operator(small, "fp32", eager_ema, lambda a, v: ema_(a, v, (0.9, 0.99, 0.999)), copies=3)
-    result.append(case("ema_", "3 decays, ", small, "fp32", three, 28, flops=6))
+    for shapes in (small, large) if on_gpu else (small,):
+        three = _operator(shapes, "fp32", eager_ema, lambda a, v: ema_(a, v, (0.9, 0.99, 0.999)), copies=3)
+        result.append(case("ema_", "3 decays, ", shapes, "fp32", three, 28, flops=6))
     result.append(case("AveragedModel", "int8, ", small, "fp32", _model(small, "fp32", torch.int8), 6, flops=0))
     return result

@@ -1,5 +1,7 @@
 """Cases of ``ops/lrt_sample_triton.py``, the epilogue of linear layers and convolutions, and its backward."""
 
+from dataclasses import replace
+
 from aot import Case, sizes_one
 from aot.noise import TILE
 from losssurf_fast.ops import lrt_sample_triton
@@ -29,4 +31,29 @@ def cases(arch: int) -> list[Case]:
                             lrt_sample_triton.REGISTERS, per_element=per_element[1], wide_accesses=wide)  # fmt: skip
             ones = {"batch": 1, "rows": 1, "cols": 1, "BLOCK_M": 1, "BLOCK_N": 4, "QUADS": 1}
             found += [forward, backward, sizes_one(forward, **ones), sizes_one(backward, **ones)]
+            if memory_format == "linear":
+                found += others(forward) + others(backward)
     return found
+
+
+def others(case: Case) -> list[Case]:
+    """``case`` with one alpha for all, where means are zero, and with columns that begin inside a quad."""
+    streams = ("var_ptr", "seed_ptr", "y_ptr", "grad_ptr", "grad_var_ptr")
+    return [
+        replace(case, name=f"{case.name}, layer", constants=case.constants | {"ALPHA": "layer"}),
+        replace(
+            case,
+            name=f"{case.name}, variance",
+            pointers={name: case.pointers[name] for name in streams if name in case.pointers},
+            constants=case.constants | {"ALPHA": "none"},
+            per_element=case.per_element - 3,
+            wide_accesses=(case.wide_accesses[0] // 2, case.wide_accesses[1]),
+        ),
+        replace(
+            case,
+            name=f"{case.name}, shifted",
+            constants=case.constants | {"SHIFT": 2, "QUADS": 1},
+            per_element=case.per_element + 6,
+            wide_accesses=(0, 0),
+        ),
+    ]
