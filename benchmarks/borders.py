@@ -1,9 +1,9 @@
 """Where one strategy overtakes another on this GPU: the numbers for ``lrt_strategy.py`` and ``curve_linear_triton.py``.
 
 All strategies of an operator run at doubling row counts. The border of each dtype and parameterization is the largest
-number of rows up to which the library's GEMMs are not the fastest. The most important sweeps come first; none is begun
-after ``--minutes``. ``--dry`` runs them in Triton's interpreter at tiny sizes, which checks this file and measures
-nothing.
+number of rows up to which our kernel beats the library's GEMMs, whatever a strategy of no operator does, which is shown
+beside them. The most important sweeps come first; none is begun after ``--minutes``. ``--dry`` runs them in Triton's
+interpreter at tiny sizes, which checks this file and measures nothing.
 """
 
 import argparse

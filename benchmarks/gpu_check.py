@@ -1,10 +1,11 @@
-"""Everything that only a GPU can say, in one command of at most nine minutes: ``python -m benchmarks.gpu_check``.
+"""Everything that only a GPU can say, in one command of at most nine minutes.
 
-It builds the package from source, runs the tests that need a GPU, measures the machine and every operator beside its
-baselines, and looks for the borders between strategies. Each section has processes of its own and a limit of its own:
-one that fails or hangs costs only itself. Measurements go to ``benchmarks/results/``, line by line, the record of the
-check itself to ``benchmarks/results/checks/``; the table of the measurements is printed last. ``--dry`` runs the same
-sections on the CPU at tiny sizes, with the cases of a GPU; it writes nothing to the repository.
+``python benchmarks/gpu_check.py`` builds the package from source, runs the tests that need a GPU, measures the machine
+and every operator beside its baselines, and looks for the borders between strategies. Each section has processes of its
+own and a limit of its own: one that fails or hangs costs only itself. Measurements go to ``benchmarks/results/``, line
+by line, the record of the check itself to ``benchmarks/results/checks/``, and there, too, measurements of families with
+a red test; the table of all of them is printed last. ``--dry`` runs the same sections on the CPU at tiny sizes, with
+the cases of a GPU; it writes nothing to the repository.
 
 How nine minutes are shared on 16 cores: the build takes four at most (nvcc, file by file in parallel), the tests three
 (dealt out to a process for each core), the borders two. The operators have what the build and the tests leave, and
@@ -23,10 +24,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from benchmarks import records, report, run
+if not __package__:  # called by its path
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from benchmarks import cases, records, report, run
 
 ROOT = records.ROOT
 CHECKS = records.RESULTS / "checks"
@@ -52,6 +56,7 @@ class Outcome:
     status: str  # "ok", "failed" or "too long"
     seconds: float
     said: list[str]  # the last lines of its output, or of what failed in it
+    red: list[str] = field(default_factory=list)  # test files in which it saw something fail; "" for no file
 
 
 def gpu_tests() -> list[str]:
@@ -70,7 +75,7 @@ def dealt(files: Sequence[str], hands: int) -> list[list[str]]:
     said = ""
     with contextlib.suppress(subprocess.TimeoutExpired):
         said = subprocess.run(listing, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120).stdout
-    tests = [line for line in said.splitlines() if "::" in line]
+    tests = [line for line in said.splitlines() if line.partition("::")[0] in files]
     listed = {test.partition("::")[0] for test in tests}
     tests += [file for file in files if file not in listed]
     return [tests[first::hands] for first in range(min(hands, len(tests)))]
@@ -120,6 +125,7 @@ def carry_out(section: Section, deadline: float, later: float = 0.0) -> Outcome:
     if limit <= 0:
         return Outcome(section.name, "too long", 0.0, ["the sections before it took all the time"])
     said = {"ok": [], "failed": [], "too long": []}
+    red = set()
     with tempfile.TemporaryDirectory() as logs:
         children = []
         for number, command in enumerate(section.commands(limit / 60)):
@@ -127,32 +133,53 @@ def carry_out(section: Section, deadline: float, later: float = 0.0) -> Outcome:
             children.append((log, subprocess.Popen(
                 command, cwd=ROOT, env=environment(), stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )))  # fmt: skip
+        stopped = stop_late([child for _, child in children], start + limit)
         for log, child in children:
-            try:
-                status = "ok" if child.wait(max(0.0, start + limit - time.monotonic())) == 0 else "failed"
-            except subprocess.TimeoutExpired:
-                stop(child)
-                status = "too long"
+            status = "too long" if child in stopped else "failed" if child.returncode else "ok"
             with log:
                 log.seek(0)
-                lines = log.read().replace(str(ROOT), ".").replace(str(Path.home()), "~").splitlines()
-                said[status].append([line.rstrip() for line in lines if line.strip()])
+                text = log.read().replace(str(ROOT), ".").replace(str(Path.home()), "~")
+            lines = [line.rstrip() for line in text.splitlines() if line.strip()]
+            said[status].append(lines[-LAST_LINES:])
             if status != "ok":
-                print("\n".join(said[status][-1][-FAILED_LINES:]), file=sys.stderr, flush=True)
+                files = red_files(lines)
+                red |= files or ({""} if status == "failed" else set())
+                print("\n".join(lines[-FAILED_LINES:]), file=sys.stderr, flush=True)
     status = next(name for name in ("failed", "too long", "ok") if said[name])
-    lines = [line for name in ("too long", "failed") for log in said[name] for line in log[-LAST_LINES:]]
-    lines = lines or [line for log in said["ok"] for line in log[-LAST_LINES:]]
-    return Outcome(section.name, status, time.monotonic() - start, lines)
+    last = [line for log in said["too long"] + said["failed"] or said["ok"] for line in log]
+    return Outcome(section.name, status, time.monotonic() - start, last, sorted(red))
 
 
-def stop(child: subprocess.Popen) -> None:
-    """End a process and what it started; pytest gets a moment to say which tests had failed."""
-    os.killpg(child.pid, signal.SIGINT)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        child.wait(LAST_WORDS)
+def red_files(lines: Sequence[str]) -> set[str]:
+    """Those of pytest's summary."""
+    return {line.split()[1].partition("::")[0] for line in lines if line.startswith(("FAILED tests/", "ERROR tests/"))}
+
+
+def stop_late(children: Sequence[subprocess.Popen], deadline: float) -> list[subprocess.Popen]:
+    """Wait for ``children`` until the deadline; end those still there then, with what they started, and return them.
+
+    pytest gets a moment to say which tests had failed.
+    """
+    for child in children:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(max(0.0, deadline - time.monotonic()))
+    late = [child for child in children if child.poll() is None]
+    for child in late:
+        _signal(child, signal.SIGINT)
+    last = time.monotonic() + LAST_WORDS
+    for child in late:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(max(0.0, last - time.monotonic()))
+    for child in late:
+        _signal(child, signal.SIGKILL)
+        child.wait()
+    return late
+
+
+def _signal(child: subprocess.Popen, number: int) -> None:
+    """To the whole group, of which something may be left when the child itself is not."""
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(child.pid, signal.SIGKILL)
-    child.wait()
+        os.killpg(child.pid, number)
 
 
 def environment() -> dict[str, str]:
@@ -180,13 +207,22 @@ def lines_of(file: Path, start: int) -> list[dict]:
         return [json.loads(line) for line in text if line.endswith("\n")]
 
 
-def withdraw(results: Path, start: int, to: Path) -> None:
-    """Take what was appended to ``results`` since it had ``start`` bytes over to ``to``."""
-    with results.open("r+") as file:
-        file.seek(start)
-        with to.open("a") as kept:
-            kept.write(file.read())
+def red_families(outcomes: Sequence[Outcome]) -> set[str]:
+    """Families with a red test; all of them where a red test is of none."""
+    red = [file for outcome in outcomes for file in outcome.red if outcome.name == "tests"]
+    of_file = lambda file: {f for f in cases.families() if file.startswith(f"tests/test_{f}")}
+    found = [of_file(file) for file in red]
+    return set(cases.families()) if not all(found) else set().union(*found)
+
+
+def withdraw(results: Path, start: int, families: set[str], to: Path) -> None:
+    """Take these families' rows that were appended to ``results`` since it had ``start`` bytes over to ``to``."""
+    rows = lines_of(results, start)
+    with results.open("r+") as file, to.open("a") as withdrawn:
         file.truncate(start)
+        file.seek(start)
+        for row in rows:
+            (withdrawn if row["family"] in families else file).write(json.dumps(row) + "\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -206,9 +242,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     shared = run.origin(device, "dry" if arguments.dry else "quick", arguments.commit)
     if shared["commit"] is None and not arguments.dry:
         parser.error("git is not here, so results need the commit that this is: --commit SHA")
+    notes = []
+    if shared["dirty"] and not arguments.dry:
+        notes.append("The tree has uncommitted changes, so reports leave these figures out.")
+        print(f"gpu_check: {notes[-1]}", file=sys.stderr, flush=True)
     deadline = time.monotonic() + 60 * arguments.minutes
     with tempfile.TemporaryDirectory() as scratch:
-        folder = arguments.out or (Path(scratch) if arguments.dry else records.RESULTS)
+        folder = (arguments.out or (Path(scratch) if arguments.dry else records.RESULTS)).resolve()
         (folder / CHECKS.name).mkdir(parents=True, exist_ok=True)
         name = records.slug(shared["device"])
         out = folder / f"{name}.jsonl"
@@ -221,18 +261,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         with (folder / CHECKS.name / f"{name}.jsonl").open("a") as file:
             file.write(json.dumps(shared | {"sections": [asdict(outcome) for outcome in outcomes]}) + "\n")
         measured = lines_of(out, before)
-        confirmed = all(outcome.status == "ok" for outcome in outcomes if outcome.name == "tests")
-        if measured and not confirmed:
-            withdraw(out, before, folder / CHECKS.name / f"{name}-unconfirmed.jsonl")
+        red = red_families(outcomes) if measured else set()  # else the package may not be there to ask
+        if red:
+            withdraw(out, before, red, folder / CHECKS.name / f"{name}-unconfirmed.jsonl")
     borders = [line for outcome in outcomes if outcome.name == "borders" for line in outcome.said]
-    notes = []
     if arguments.dry:
         notes.append("A dry run: its figures say nothing of any machine.")
     elif measured:
         missing = report.unmeasured(measured, shared["device"])
         notes.append(f"{len(missing)} cases of a GPU were not measured." if missing else "Every case was measured.")
-    if measured and not confirmed:
-        notes.append("The tests did not all pass, so these figures are kept beside the results, not among them.")
+    if red:
+        notes.append(f"Tests are red, so figures of {', '.join(sorted(red))} are kept beside the results.")
+    if any(outcome.name == "tests" and outcome.status == "too long" for outcome in outcomes):
+        notes.append("Not all tests were run.")
     print("\n\n".join(filter(None, (table(outcomes), "\n".join(borders), report.terminal(measured), *notes))))
     return 0 if all(outcome.status == "ok" for outcome in outcomes) else 1
 

@@ -18,14 +18,25 @@ def read(folder: Path = RESULTS) -> list[dict]:
 
 
 def newest(rows: Sequence[dict]) -> list[dict]:
-    """Rows of the newest clean run of every device and case, full runs first: a short run leaves others standing."""
+    """Rows of the newest clean run of every device and case, full runs first: a short run leaves others standing.
+
+    That a family was not measured counts until it is.
+    """
     rank = lambda row: (row["budget"] == "full", row["date"])
     which = lambda row: (row["device"], row["family"], device_type(row), row["threads"], *case_key(row))
-    best = {}
+    best, measured = {}, {}
     clean = [row for row in rows if not row["dirty"] and row["budget"] != "dry"]
     for row in clean:
         best[which(row)] = max(best.get(which(row), rank(row)), rank(row))
-    return [row for row in clean if rank(row) == best[which(row)]]
+        if row["threads"] is not None:
+            family = row["device"], row["family"]
+            measured[family] = max(measured.get(family, ""), row["date"])
+    return [
+        row
+        for row in clean
+        if rank(row) == best[which(row)]
+        and (row["threads"] is not None or row["date"] > measured.get((row["device"], row["family"]), ""))
+    ]
 
 
 def case_key(row: dict) -> tuple:

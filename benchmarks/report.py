@@ -49,7 +49,7 @@ PERFORMANCE_HEAD = """# Every measurement
 
 Written by `python -m benchmarks.report --readme` from `benchmarks/results/`. Each row is one run on one machine, ours
 and the baselines in turns; losing shapes stay. What no run has measured is called so; no number here is a model's.
-`make bench` measures your machine, `python -m benchmarks.gpu_check` a GPU."""
+`make bench` measures your machine, `python benchmarks/gpu_check.py` a GPU."""
 
 ROOFLINES = """## Time against size
 

@@ -4,6 +4,7 @@ import contextlib
 
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from losssurf_fast.ensembling import OnlineEnsemble
 from losssurf_fast.nn.lrt import LRTLayer, lrt_layers
@@ -58,12 +59,13 @@ def cached_variances(model: nn.Module):
 
     For weights that do not change: it costs one more tensor of each weight's size, in the activations' dtype (float32
     for float16). Kept are the variances of parameters that take no gradient: under ``torch.no_grad()``, as in
-    ``lsf.predict``, or frozen by ``requires_grad_(False)``; a forward that may be a training step's drops what is kept.
-    They are also made anew where a parameter was replaced, moved, or written to with autograd's knowledge, as by
-    ``load_state_dict``; other writes in place (``.data``, an optimizer with ``fused=True`` that got its gradients
-    elsewhere) go unseen. Covers ``LRTLinear`` and ``LRTMultiheadAttention``. Nothing is kept inside ``torch.compile``,
-    ``torch.func`` transforms and the capture of a CUDA graph, nor of parametrized weights or those of a
-    ``functional_call``. Contexts nest and may overlap; copies of the model keep nothing.
+    ``lsf.predict``, or frozen by ``requires_grad_(False)``; every step of a ``torch.optim.Optimizer`` drops what is
+    kept, and so does a forward that may be a training step's. They are also made anew where a parameter was replaced,
+    moved, or written to with autograd's knowledge, as by ``load_state_dict``, and on another CUDA stream; other writes
+    in place (to ``.data``) go unseen. Covers ``LRTLinear`` and ``LRTMultiheadAttention``. Nothing is kept inside
+    ``torch.compile``, ``torch.jit.trace``, ``torch.func`` transforms and the capture of a CUDA graph, nor of
+    parametrized weights or those of a ``functional_call``. Contexts nest and may overlap; copies of the model keep
+    nothing.
 
     Raises:
         TypeError, ValueError: not a module, or one without LRT layers or with sharded parameters, whose memory a
@@ -74,8 +76,15 @@ def cached_variances(model: nn.Module):
         if any(hasattr(posterior.scale, "device_mesh") for posterior in layer.posteriors()):
             raise ValueError(f"cached_variances: {type(model).__name__} must not be sharded; its weights are gathered")
     opened: list[tuple[LRTLayer, VarianceCache]] = []
+    hooks = []
+
+    def forget(*_) -> None:  # fused optimizers write without autograd's knowledge
+        for _, cache in opened:
+            cache.clear()
 
     def close() -> None:
+        for hook in hooks:
+            hook.remove()
         while opened:
             layer, cache = opened.pop()
             cache.contexts -= 1
@@ -85,6 +94,7 @@ def cached_variances(model: nn.Module):
                     del layer.variances
 
     with afterwards(close):
+        hooks.append(register_optimizer_step_post_hook(forget))
         for layer in layers:
             cache = layer.variances
             if cache is None:

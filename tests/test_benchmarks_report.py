@@ -88,6 +88,13 @@ def test_a_short_run_leaves_the_others_of_a_fuller_one_standing():
     assert [row["median_ms"] for row in report.newest([*fuller, shorter])] == [16.0, 3.0]
 
 
+def test_a_red_gate_counts_until_the_family_is_measured():
+    red = result("ours", 1.0, threads=None, shape=[], error="not green", date="2026-05-01T10:00:00+00:00")
+    before, after = (result("ours", 3.0, date=f"2026-0{month}-01T10:00:00+00:00") for month in (4, 6))
+    assert report.newest([before, red]) == [before, red]
+    assert report.newest([before, red, after]) == [after]
+
+
 def test_section_of_a_readme_is_replaced_and_markers_are_demanded():
     text = f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n"
     assert report.with_section(text, "new") == f"before\n{report.BEGIN}\nnew\n{report.END}\nafter\n"

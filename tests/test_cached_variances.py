@@ -76,18 +76,53 @@ def optimizers(parameters):
     yield torch.optim.Adam(parameters, 0.1, foreach=True)
 
 
+def local(linear, x):
+    return linear(x, SEED).square().sum()
+
+
+def divergence(linear, x):
+    return lsf.kl_divergence(linear)
+
+
+def drawn_weights(linear, x):
+    with lsf.sample_weights(linear, seed=SEED):
+        return linear(x).square().sum()
+
+
+def mean_weights(linear, x):
+    with lsf.prediction(linear, "deterministic"):
+        return linear(x).square().sum()
+
+
+@pytest.mark.parametrize("loss", [local, divergence, drawn_weights, mean_weights])
 @pytest.mark.parametrize("number", range(4))
-def test_training_between_predictions_is_seen(number):
-    linear, x = layer(), torch.randn(3, 6)
+def test_training_between_predictions_is_seen(number, loss):
+    linear, x = layer("weight"), torch.randn(3, 6)
     optimizer = list(optimizers([*linear.parameters()]))[number]
     with lsf.cached_variances(linear):
         for _ in range(3):
+            optimizer.zero_grad()
+            loss(linear, x).backward()
+            with torch.no_grad():
+                linear(x, SEED)
+            optimizer.step()
             with torch.no_grad():
                 cached = linear(x, SEED)
             assert torch.equal(cached, linear(x, SEED))
-            optimizer.zero_grad()
-            linear(x, SEED).square().sum().backward()
-            optimizer.step()
+
+
+def test_a_compiled_step_is_seen():
+    linear, x = layer(), torch.randn(3, 6)
+    optimizer = torch.optim.SGD(linear.parameters(), 0.1)
+    step = torch.compile(optimizer.step, backend="aot_eager")
+    with lsf.cached_variances(linear):
+        for _ in range(2):
+            local(linear, x).backward()
+            with torch.no_grad():
+                before = linear(x, SEED)
+                step()
+                cached = linear(x, SEED)
+            assert torch.equal(cached, linear(x, SEED)) and not torch.equal(cached, before)
 
 
 def test_parameters_that_change_otherwise_are_seen(made):
@@ -234,6 +269,16 @@ def test_under_tracing_nothing_is_kept(made):
         assert torch.equal(found[name], expected[name])
 
 
+@pytest.mark.filterwarnings("ignore")  # trace is deprecated, and takes sizes for constants
+def test_a_traced_module_follows_its_weights():
+    linear, x = layer().requires_grad_(False), torch.randn(3, 6)
+    with lsf.cached_variances(linear):
+        linear(x, SEED)
+        traced = torch.jit.trace(lambda x: linear(x, SEED), x, check_trace=False)
+        linear.log_sigma2 += 1
+        assert torch.equal(traced(x), linear(x, SEED))
+
+
 def test_inference_tensors_are_made_every_time(made):
     with torch.inference_mode():
         linear, x = layer(), torch.randn(3, 6)
@@ -242,12 +287,35 @@ def test_inference_tensors_are_made_every_time(made):
     assert made == []
 
 
-def test_a_bad_input_has_the_error_that_it_has_without():
-    linear = layer()
-    with torch.no_grad(), lsf.cached_variances(linear):
-        for bad in ("x", torch.ones(2, 6, dtype=torch.int64)):
-            with pytest.raises(TypeError, match=r"^lrt_linear: x must"):
-                linear(bad)
+BAD_INPUTS = [
+    ("x", None),
+    (torch.ones(2, 6, dtype=torch.int64), None),
+    (torch.ones(()), None),
+    (torch.ones(2, 5), None),
+    (torch.ones(2, 6, dtype=torch.float64), None),
+    (torch.ones(2, 6), torch.float64),
+    (torch.ones(2, 6), torch.bfloat16),
+]
+
+
+@pytest.mark.parametrize(("bad", "dtype"), BAD_INPUTS)
+def test_a_bad_input_has_the_error_that_it_has_without(bad, dtype):
+    linear = layer(dtype=dtype)
+    with pytest.raises((TypeError, ValueError), match=r"^lrt_linear: ") as without:
+        linear(bad, SEED)
+    with torch.no_grad(), lsf.cached_variances(linear), pytest.raises(without.type) as within:
+        linear(bad, SEED)
+    assert str(within.value) == str(without.value)
+
+
+def test_float8_layers_have_the_errors_that_they_have_without():
+    linear = lsf.nn.LRTLinear(16, 32, variance_dtype="float8_e4m3fn")
+    for x in (torch.ones(2, 16), torch.ones(2, 16, dtype=torch.bfloat16)):
+        with pytest.raises((TypeError, RuntimeError), match=r"^lrt_linear: ") as without:
+            linear(x, SEED)
+        with torch.no_grad(), lsf.cached_variances(linear), pytest.raises(without.type) as within:
+            linear(x, SEED)
+        assert str(within.value) == str(without.value)
 
 
 def test_refusals():
@@ -282,3 +350,33 @@ def test_operands_that_cannot_be_right_are_refused():
             arguments = (x, None, scale, None, torch.tensor(SEED), "additive")
         with pytest.raises(ValueError, match="weight is missing"):
             op(*arguments)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("rows", [64, 2048])  # few for the dual kernel, many for the library's GEMMs
+@torch.no_grad()
+def test_on_a_gpu(rows):
+    """bf16 sigma^2, made once; also on another stream, and inside a CUDA graph, which keeps and uses none."""
+    torch.manual_seed(0)
+    linear = lsf.nn.LRTLinear(256, 512, dtype=torch.bfloat16, device="cuda")
+    x, seed = torch.randn(rows, 256, dtype=torch.bfloat16, device="cuda"), torch.tensor(SEED, device="cuda")
+    y = linear(x, seed)
+    with lsf.cached_variances(linear):
+        assert torch.equal(linear(x, seed), y)
+        kept = linear.variances["weight"].operand.sigma2
+        assert torch.equal(linear(x, seed), y) and linear.variances["weight"].operand.sigma2 is kept
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            elsewhere = linear(x, seed)
+            assert linear.variances["weight"].operand.sigma2 is not kept
+        torch.cuda.current_stream().wait_stream(stream)
+        assert torch.equal(elsewhere, y)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = linear(x, seed)
+        assert not linear.variances
+        linear.log_sigma2 += 1
+        graph.replay()
+        assert torch.equal(captured, linear(x, seed)) and not torch.equal(captured, y)

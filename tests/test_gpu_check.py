@@ -79,24 +79,35 @@ def test_the_rows_of_a_section_that_was_killed_are_in_the_table(monkeypatch, tmp
     assert "too long" in shown and "philox_normal 64    fp32  fwd  1.500" in shown and "measured before" not in shown
 
 
-def test_figures_of_kernels_that_failed_their_tests_are_not_among_the_results(monkeypatch, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("said", "kept_beside"),
+    [
+        ("Segmentation fault", {"noise", "kl"}),
+        ("FAILED tests/test_triton.py::test_a - assert", {"noise", "kl"}),
+        ("FAILED tests/test_kl_triton.py::test_a[cuda::0] - assert 0", {"kl"}),
+        ("ERROR tests/test_noise_calling.py - no torch", {"noise"}),
+        ("FAILED tests/test_swag.py::test_b - assert", set()),
+    ],
+)
+def test_figures_of_families_with_red_tests_are_not_among_the_results(monkeypatch, tmp_path, capsys, said, kept_beside):
     out = tmp_path / f"{records.slug(run.describe_device('cpu'))}.jsonl"
     out.write_text('{"before": 1}\n')
-    row = {"family": "noise", "op": "philox_normal", "variant": "", "mode": "forward", "dtype": "fp32", "shape": [64]}
-    row |= {"threads": 1, "provider": "ours", "cases": "cuda"} | run.origin("cpu", "dry") | timing.empty_figures(None)
+    row = {"op": "of", "variant": "", "mode": "forward", "dtype": "fp32", "shape": [64], "threads": 1}
+    row |= {"provider": "ours", "cases": "cuda"} | run.origin("cpu", "dry") | timing.empty_figures(None)
     row |= {"median_ms": 1.5}
-    writes = f"print({json.dumps(row)!r}, file=open({str(out)!r}, 'a'))"
+    rows = [json.dumps(row | {"family": family}) for family in ("noise", "kl")]
+    writes = f"print({rows[0]!r}, {rows[1]!r}, sep='\\n', file=open({str(out)!r}, 'a'))"
     listed = [
-        Section("tests", lambda _: [(sys.executable, "-c", "print('red'); raise SystemExit(1)")], 1),
+        Section("tests", lambda _: [(sys.executable, "-c", f"print({said!r}); raise SystemExit(1)")], 1),
         Section("operators", lambda _: [(sys.executable, "-c", writes)], 1),
     ]
     monkeypatch.setattr(gpu_check, "sections", lambda *_: listed)
     assert gpu_check.main(["--dry", "--out", str(tmp_path)]) == 1
     shown = capsys.readouterr().out
     assert "1.500" in shown and "kept beside the results" in shown
-    assert out.read_text() == '{"before": 1}\n'
-    (kept,) = [json.loads(line) for path in tmp_path.rglob("*-unconfirmed.jsonl") for line in path.open()]
-    assert kept["median_ms"] == 1.5
+    families = lambda files: {json.loads(line).get("family") for path in files for line in path.open()} - {None}
+    assert families([out]) == {"noise", "kl"} - kept_beside and out.read_text().startswith('{"before": 1}\n')
+    assert families(tmp_path.rglob("*-unconfirmed.jsonl")) == kept_beside
 
 
 def test_a_section_over_its_limit_says_what_had_failed(tmp_path):
@@ -106,6 +117,16 @@ def test_a_section_over_its_limit_says_what_had_failed(tmp_path):
     command = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path))
     outcome = gpu_check.carry_out(Section("tests", lambda _: [command], 0.1), time.monotonic() + 60)
     assert outcome.status == "too long" and any("a red test" in line for line in outcome.said)
+
+
+def test_processes_over_the_limit_end_together():
+    stubborn = (
+        "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print('up', flush=True); time.sleep(60)"
+    )
+    section = Section("tests", lambda _: 4 * [(sys.executable, "-c", stubborn)], 0.03)
+    start = time.monotonic()
+    assert gpu_check.carry_out(section, start + 60).status == "too long"
+    assert time.monotonic() - start < 1.8 + 2 * gpu_check.LAST_WORDS
 
 
 def test_sections_after_the_deadline_are_named():
@@ -141,6 +162,18 @@ def test_it_starts_where_the_package_is_not_built():
     code += "print([len(s.commands(1.0)) > 0 for s in gpu_check.sections(False, Path('.'), 'gpu', None)])"
     done = subprocess.run([sys.executable, "-c", code], cwd=gpu_check.ROOT, capture_output=True, text=True)
     assert done.stdout == "[True, True, True, True]\n", done.stderr
+
+
+def test_it_can_be_called_by_its_path(tmp_path):
+    command = [sys.executable, str(gpu_check.ROOT / "benchmarks" / "gpu_check.py"), "--help"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "--dry" in done.stdout, done.stderr
+
+
+def test_what_the_listing_says_besides_is_no_test(monkeypatch):
+    said = "tests/test_neb_gpu.py::test_a[x::y]\nWarning: std::bad_alloc\nERROR tests/test_no.py::test_b\n"
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 0, said))
+    assert gpu_check.dealt(["tests/test_neb_gpu.py"], 8) == [["tests/test_neb_gpu.py::test_a[x::y]"]]
 
 
 def test_without_a_gpu_it_says_so(monkeypatch, capsys):

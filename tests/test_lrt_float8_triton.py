@@ -178,9 +178,10 @@ def test_layers_compile_cache_and_autocast():
     seed = torch.tensor(3, device="cuda")
     y = layer(x.to(BF16), seed)
     assert torch.equal(torch.compile(layer, backend="aot_eager", fullgraph=True)(x.to(BF16), seed), y)
-    with lsf.cached_variances(layer):
+    with torch.no_grad(), lsf.cached_variances(layer):
         for _ in range(2):
             assert torch.equal(layer(x.to(BF16), seed), y)
+        assert layer.variances["weight"].operand.row_scale is not None
     wide = lsf.set_variance_dtype(lsf.nn.LRTLinear(96, 128, device="cuda"), FLOAT8)
     with torch.autocast("cuda", BF16):
         assert wide(x, seed).dtype == BF16

@@ -339,6 +339,22 @@ def test_dual_tile(capability):
         assert tile.block_m == 16 or tile.block_m == (64 if capability[0] in (9, 10) else 32)
 
 
+def test_tiles_have_room_for_what_is_loaded():
+    """Not for the scale where sigma^2 is ready, nor for one alpha for all."""
+    x, weight, wide = torch.empty(64, 128, dtype=BF16), torch.empty(256, 128, dtype=BF16), torch.empty(256, 128)
+    narrow_tile, wide_tile = (dual_tile(64, BF16, dtype, (9, 0)) for dtype in (BF16, F32))
+    assert narrow_tile != wide_tile
+    for arguments, expected in (
+        ((None, wide, "variance"), wide_tile),
+        ((None, wide, "variance", weight), narrow_tile),
+        ((weight, wide, "additive"), wide_tile),
+        ((weight, wide, "additive", weight), narrow_tile),
+        ((wide, wide, "additive", weight), wide_tile),
+        ((weight, torch.empty(1), "layer"), narrow_tile),
+    ):
+        assert lrt_linear_triton.choose(x, *arguments) == expected
+
+
 # ---- on a GPU ------------------------------------------------------------------------------------------------------
 
 

@@ -14,21 +14,22 @@ namespace {
 // ---- the layer ---------------------------------------------------------------------------------------
 
 // The mean weights; undefined for "variance".
-Tensor weights_of(Kind kind, const MaybeTensor& weight) {
+Tensor weights_of(const char* op, Kind kind, const MaybeTensor& weight) {
   if (kind == Kind::variance) return Tensor();
-  TORCH_CHECK_VALUE(weight, "lrt_linear: weight is missing for another parameterization than \"variance\"");
+  TORCH_CHECK_VALUE(weight, op, ": weight is missing for another parameterization than \"variance\"");
   return weight->contiguous();
 }
 
 // What the kernels' pointers rely on; ops/lrt.py has the checks that explain.
-void check_shapes(Kind kind, const Tensor& x, const Tensor& weight, const Tensor& scale, const Tensor& bias) {
+void check_shapes(const char* op, Kind kind, const Tensor& x, const Tensor& weight, const Tensor& scale,
+                  const Tensor& bias) {
   const Tensor& matrix = kind == Kind::variance ? scale : weight;
-  TORCH_CHECK_VALUE(x.dim() == 2 && matrix.dim() == 2 && x.size(1) == matrix.size(1),
-                    "lrt_linear: x must be [M, I] and its parameters [O, I], got ", x.sizes(), " and ", matrix.sizes());
+  TORCH_CHECK_VALUE(x.dim() == 2 && matrix.dim() == 2 && x.size(1) == matrix.size(1), op,
+                    ": x must be [M, I] and its parameters [O, I], got ", x.sizes(), " and ", matrix.sizes());
   const int64_t outputs = matrix.size(0);
   const int64_t scales = kind == Kind::layer ? 1 : kind == Kind::neuron ? outputs : matrix.numel();
-  TORCH_CHECK_VALUE(scale.numel() == scales, "lrt_linear: scale must have ", scales, " elements, got ", scale.sizes());
-  TORCH_CHECK_VALUE(!bias.defined() || bias.numel() == outputs, "lrt_linear: bias must be [", outputs, "], got ",
+  TORCH_CHECK_VALUE(scale.numel() == scales, op, ": scale must have ", scales, " elements, got ", scale.sizes());
+  TORCH_CHECK_VALUE(!bias.defined() || bias.numel() == outputs, op, ": bias must be [", outputs, "], got ",
                     bias.sizes());
 }
 
@@ -72,13 +73,15 @@ std::tuple<Tensor, Tensor> lrt_variance_operand_cpu(const MaybeTensor& maybe_wei
                                                     std::string_view parameterization, at::ScalarType dtype) {
   TORCH_CHECK_NOT_IMPLEMENTED(at::isFloatingType(dtype) && !c10::isFloat8Type(dtype),
                               "lrt_variance_operand: float8 operands are not multiplied on the CPU");
+  constexpr auto kOp = "lrt_variance_operand";
   const KernelScope scope;
   const Kind kind = kind_of(parameterization);
-  const Tensor scale = scale_in.contiguous(), weight = weights_of(kind, maybe_weight);
+  const Tensor scale = scale_in.contiguous(), weight = weights_of(kOp, kind, maybe_weight);
   const Tensor& matrix = kind == Kind::variance ? scale : weight;
-  check_shapes(kind, matrix, weight, scale, Tensor());
+  check_shapes(kOp, kind, matrix, weight, scale, Tensor());
   Scratch scratch;
-  return {variance_operand(kind, weight, scale, dtype, scratch).clone(), at::empty({0}, scale.options().dtype(at::kFloat))};
+  const Tensor no_row_scale = at::empty({0}, scale.options().dtype(at::kFloat));
+  return {variance_operand(kind, weight, scale, dtype, scratch).clone(), no_row_scale};
 }
 
 std::tuple<Tensor, Tensor> lrt_linear_cpu(const Tensor& x, const MaybeTensor& maybe_weight, const Tensor& scale_in,
@@ -86,14 +89,15 @@ std::tuple<Tensor, Tensor> lrt_linear_cpu(const Tensor& x, const MaybeTensor& ma
                                           std::string_view parameterization, int64_t row_offset, int64_t col_offset,
                                           int64_t sample, const MaybeTensor& maybe_sigma2,
                                           const MaybeTensor& row_scale) {
+  constexpr auto kOp = "lrt_linear";
   const KernelScope scope;
   const Kind kind = kind_of(parameterization);
   const auto operand = operand_dtype(x);
   Scratch scratch;
   const Tensor a = scratch.cast(x, operand), scale = scale_in.contiguous();
-  const Tensor weight = weights_of(kind, maybe_weight);
+  const Tensor weight = weights_of(kOp, kind, maybe_weight);
   const Tensor bias = maybe_bias ? maybe_bias->to(wide_dtype(x)).contiguous() : Tensor();
-  check_shapes(kind, x, weight, scale, bias);
+  check_shapes(kOp, kind, x, weight, scale, bias);
   TORCH_CHECK_TYPE(!row_scale, "lrt_linear: float8 operands are not multiplied on the CPU");
   const Tensor sigma2 =
       maybe_sigma2 ? maybe_sigma2->contiguous() : variance_operand(kind, weight, scale, operand, scratch);
@@ -113,6 +117,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lrt_linear_backward_cpu(
     const Tensor& grad_in, const Tensor& x, const MaybeTensor& maybe_weight, const Tensor& scale_in, bool has_bias,
     const Tensor& var, const Tensor& seed, std::string_view parameterization, std::array<bool, 4> needed,
     int64_t row_offset, int64_t col_offset, int64_t sample) {
+  constexpr auto kOp = "lrt_linear_backward";
   const KernelScope scope;
   const Kind kind = kind_of(parameterization);
   const auto operand = operand_dtype(x);
@@ -120,9 +125,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lrt_linear_backward_cpu(
   const bool outer_alpha = alpha_in_output_space(kind);
   Scratch scratch;
   const Tensor a = scratch.cast(x, operand), scale = scale_in.contiguous();
-  const Tensor weight = weights_of(kind, maybe_weight);
+  const Tensor weight = weights_of(kOp, kind, maybe_weight);
   const Tensor grad = grad_in.contiguous();
-  check_shapes(kind, x, weight, scale, Tensor());
+  check_shapes(kOp, kind, x, weight, scale, Tensor());
   TORCH_CHECK_VALUE(grad.sizes() == var.sizes(), "lrt_linear_backward: grad must have var's shape ", var.sizes(),
                     ", got ", grad.sizes());
   const LrtNoise noise{noise_stream(seed, row_offset, col_offset, sample)};

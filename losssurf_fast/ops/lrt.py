@@ -213,6 +213,14 @@ def chosen_operand(x, weight, scale, parameterization, variance_dtype, operand) 
         if wanted != FLOAT8:
             return (operand.sigma2,)
         check_operand(operand.row_scale, "row_scale of variance_operand", torch.float32, matrix.shape[:1], x.device)
+    check_float8_product(x, matrix)
+    if operand is None:
+        operand = lrt_variance_operand(weight, scale, parameterization=parameterization, dtype=FLOAT8)
+    return operand
+
+
+def check_float8_product(x, matrix) -> None:
+    name = "lrt_linear"
     if x.dtype != torch.bfloat16:
         raise TypeError(f"{name}: variance_dtype float8_e4m3fn needs x in torch.bfloat16, got {x.dtype}")
     if composite_needed():
@@ -220,9 +228,6 @@ def chosen_operand(x, weight, scale, parameterization, variance_dtype, operand) 
             f"{name}: variance_dtype float8_e4m3fn does not run under torch.func transforms or forward-mode AD"
         )
     check_float8(name, matrix)
-    if operand is None:
-        operand = lrt_variance_operand(weight, scale, parameterization=parameterization, dtype=FLOAT8)
-    return operand
 
 
 def check_operand(t, what: str, dtype: torch.dtype, shape, device: torch.device) -> None:

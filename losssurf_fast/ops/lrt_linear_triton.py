@@ -8,6 +8,8 @@ bf16 would keep the range and lose three bits that fp16 users have; TF32 has fp1
 dual kernels multiply fp16 inputs in TF32. fp32 inputs are multiplied as PyTorch's precision setting says.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -196,12 +198,9 @@ def choose(x, weight, scale, parameterization, sigma2=None) -> Tile | None:
     out_features = (scale if weight is None else weight).shape[0]
     if linear_strategy(x.shape[0], out_features, x.shape[1], x.dtype, parameterization, capability) == "two_gemms":
         return None
-    parameter_dtype = (scale if weight is None else weight).dtype
-    if sigma2 is not None:
-        parameter_dtype = torch.promote_types(parameter_dtype, sigma2.dtype)
-    elif parameterization not in OUTPUT_ALPHA:
-        parameter_dtype = torch.promote_types(parameter_dtype, scale.dtype)
-    return dual_tile(x.shape[0], x.dtype, parameter_dtype, capability)
+    made_of = None if parameterization in OUTPUT_ALPHA else scale
+    loaded = (t.dtype for t in (weight, made_of if sigma2 is None else sigma2) if t is not None)
+    return dual_tile(x.shape[0], x.dtype, functools.reduce(torch.promote_types, loaded), capability)
 
 
 def lrt_linear_triton(
@@ -211,7 +210,7 @@ def lrt_linear_triton(
     nothing = x.numel() == 0 if row_scale is not None else x.shape[0] == 0  # torch._scaled_mm takes no empty sums
     if x.dtype == torch.float64 or nothing or (scale if weight is None else weight).shape[0] == 0:
         return lrt_linear_reference(x, weight, scale, bias, seed, parameterization, *place, sigma2, row_scale)
-    x, weight, scale, bias, sigma2 = contiguous(x, weight, scale, bias, sigma2)
+    x, weight, scale, bias, sigma2, row_scale = contiguous(x, weight, scale, bias, sigma2, row_scale)
     tile = choose(x, weight, scale, parameterization, sigma2) if row_scale is None else None
     if tile is None:
         return linear_two_gemms(x, weight, scale, bias, seed, parameterization, *place, sigma2, row_scale)
