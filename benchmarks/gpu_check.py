@@ -22,6 +22,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -53,7 +54,7 @@ class Section:
 @dataclass
 class Outcome:
     name: str
-    status: str  # "ok", "failed" or "too long"
+    status: str  # "ok", "failed", "too long" or "interrupted"
     seconds: float
     said: list[str]  # the last lines of its output, or of what failed in it
     red: list[str] = field(default_factory=list)  # test files in which it saw something fail; "" for no file
@@ -133,7 +134,12 @@ def carry_out(section: Section, deadline: float, later: float = 0.0) -> Outcome:
             children.append((log, subprocess.Popen(
                 command, cwd=ROOT, env=environment(), stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )))  # fmt: skip
-        stopped = stop_late([child for _, child in children], start + limit)
+        started = [child for _, child in children]
+        try:
+            stopped = stop_late(started, start + limit)
+        except BaseException:  # Ctrl-C: they are in groups of their own, and would go on
+            stop_late(started, start)
+            raise
         for log, child in children:
             status = "too long" if child in stopped else "failed" if child.returncode else "ok"
             with log:
@@ -191,7 +197,8 @@ def environment() -> dict[str, str]:
 
 def table(outcomes: Sequence[Outcome]) -> str:
     header = ("section", "status", "seconds", "last line")
-    lines = [(o.name, o.status, f"{o.seconds:.0f}", o.said[-1][:60] if o.said else "") for o in outcomes]
+    last = lambda said: textwrap.shorten(said[-1], 60, placeholder=" ...") if said else ""
+    lines = [(o.name, o.status, f"{o.seconds:.0f}", last(o.said)) for o in outcomes]
     widths = [max(map(len, column)) for column in zip(header, *lines, strict=True)]
     return "\n".join(
         "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in (header, *lines)
@@ -227,7 +234,7 @@ def withdraw(results: Path, start: int, families: set[str], to: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="gpu_check", description=__doc__.splitlines()[0])
-    parser.add_argument("--dry", action="store_true", help="the same sections on the CPU at tiny sizes; writes nothing")
+    parser.add_argument("--dry", action="store_true", help="on the CPU at tiny sizes; writes to --out alone, if given")
     parser.add_argument("--minutes", type=float, default=9.0, help="the most that all sections may take (default 9)")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where the results go (default benchmarks/results)")
     parser.add_argument("--commit", help=run.COMMIT_HELP)
@@ -249,7 +256,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     deadline = time.monotonic() + 60 * arguments.minutes
     with tempfile.TemporaryDirectory() as scratch:
         folder = (arguments.out or (Path(scratch) if arguments.dry else records.RESULTS)).resolve()
-        (folder / CHECKS.name).mkdir(parents=True, exist_ok=True)
+        try:
+            (folder / CHECKS.name).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            parser.error(f"--out {folder} cannot be written to: {error.strerror}")
         name = records.slug(shared["device"])
         out = folder / f"{name}.jsonl"
         before = out.stat().st_size if out.exists() else 0
@@ -257,7 +267,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         for number, section in enumerate(listed):
             print(f"gpu_check: {section.name} ...", file=sys.stderr, flush=True)
             later = 60 * sum(other.least for other in listed[number + 1 :])
-            outcomes.append(carry_out(section, deadline, later))
+            try:
+                outcomes.append(carry_out(section, deadline, later))
+            except KeyboardInterrupt:
+                outcomes.append(Outcome(section.name, "interrupted", 0.0, []))
+                break
         with (folder / CHECKS.name / f"{name}.jsonl").open("a") as file:
             file.write(json.dumps(shared | {"sections": [asdict(outcome) for outcome in outcomes]}) + "\n")
         measured = lines_of(out, before)

@@ -136,12 +136,13 @@ def draw_series(axis, key: tuple, rows: Sequence[dict], machine: Sequence[dict])
     axis.set_title(title + below, fontsize=9)
     shapes = {size(row): row["shape"] for row in rows}
     labels = ["x".join(map(str, shape[:1] if layer else shape)) for shape in shapes.values()]
-    axis.set_xticks(list(shapes), labels, rotation=20, ha="right")
+    axis.set_xticks(list(shapes), labels, rotation=40, ha="right", rotation_mode="anchor")
     axis.set_xlabel(" x ".join(("rows", *map(str, layer))) if layer else "shape, at its product", fontsize=8)
     axis.set_ylabel("ms", fontsize=8)
     plain_ticks(axis.yaxis)
     axis.minorticks_off()
     axis.tick_params(labelsize=8)
+    axis.tick_params(axis="x", labelsize=7)
     axis.grid(alpha=0.3)
 
 

@@ -180,6 +180,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     arguments.cases = arguments.cases or arguments.device.partition(":")[0]
     if arguments.cases == "cuda" and arguments.device == "cpu" and not arguments.dry:
         parser.error("--cases cuda needs --device cuda; on a CPU it is for --dry alone, whose rows are no figures")
+    if arguments.minutes is not None and not arguments.minutes > 0:
+        parser.error(f"--minutes must be positive, got {arguments.minutes:g}")
     counts = arguments.threads.split(",")
     if not all(n.isdecimal() and int(n) > 0 for n in counts):
         parser.error(f"--threads must be positive whole numbers separated by commas, got {arguments.threads!r}")

@@ -117,8 +117,8 @@ def log_softmax(caller: str, logits: torch.Tensor) -> torch.Tensor:
     """Over the last dimension, in float32 (float64 for float64)."""
     if not isinstance(logits, torch.Tensor):
         raise TypeError(f"{caller}: logits must be a tensor, got {type(logits).__name__}")
-    if logits.is_complex():
-        raise TypeError(f"{caller}: logits must be real, got {logits.dtype}")
+    if not logits.is_floating_point():
+        raise TypeError(f"{caller}: logits must be of a floating dtype, got {logits.dtype}")
     if not logits.dim() or not logits.shape[-1]:
         raise ValueError(f"{caller}: logits must be [..., classes], got {tuple(logits.shape)}")
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)

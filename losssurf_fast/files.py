@@ -7,7 +7,7 @@ import secrets
 import stat
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -50,10 +50,11 @@ def load_state(caller: str, path: str | os.PathLike) -> Any:
     """What :func:`save_state` wrote, on the CPU.
 
     Raises:
+        TypeError: that is no path.
         FileNotFoundError: there is no such file.
         ValueError: the file is damaged, or holds something else than tensors in plain containers.
     """
-    with open(path, "rb") as file:
+    with _opened(caller, path) as file:
         try:
             return torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # what torch raises for damaged files differs with the damage
@@ -74,16 +75,23 @@ def load_arrays(caller: str, path: str | os.PathLike) -> dict[str, np.ndarray]:
     """What :func:`save_arrays` wrote.
 
     Raises:
+        TypeError: that is no path.
         FileNotFoundError: there is no such file.
         ValueError: the file is damaged, or holds something else than arrays of numbers and strings.
     """
-    with open(path, "rb") as file:
+    with _opened(caller, path) as file:
         try:
             with np.load(file, allow_pickle=False) as arrays:
                 return {name: arrays[name] for name in arrays.files}
         except Exception as error:  # what numpy and zipfile raise for damaged files differs with the damage
             what = f"{path} is damaged, or no npz file of numbers and strings"
             raise ValueError(f"{caller}: {what}") from _reason(error)
+
+
+def _opened(caller: str, path: str | os.PathLike) -> BinaryIO:
+    if not isinstance(path, str | os.PathLike):  # open takes a number for the file that has it, and closes that
+        raise TypeError(f"{caller}: path must be a str or os.PathLike, got {type(path).__name__}")
+    return open(path, "rb")
 
 
 def _reason(error: Exception) -> Exception | None:

@@ -1,6 +1,7 @@
 """The evidence lower bound of a stochastic model: the KL divergence of its weights, and the loss to minimise."""
 
 import functools
+import math
 import numbers
 
 import torch
@@ -106,7 +107,7 @@ class ELBOLoss(nn.Module):
         super().__init__()
         if isinstance(num_data, bool) or not isinstance(num_data, numbers.Real):
             raise TypeError(f"ELBOLoss: num_data must be a number, got {type(num_data).__name__}")
-        if not num_data > 0:
+        if not 0 < num_data < math.inf:
             raise ValueError(f"ELBOLoss: num_data must be a positive number, got {num_data!r}")
         self.num_data, self.prior, self.exact, self.prior_std = num_data, prior, exact, prior_std
         self._hidden = (model,)  # in a tuple, where nn.Module does not see it

@@ -188,6 +188,8 @@ def check_draws(caller: str, scheme: str, num_samples: int, seed: int | None) ->
         raise ValueError(f"{caller}: num_samples must be a positive int, got {num_samples!r}")
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
         raise TypeError(f"{caller}: seed must be an int or None, got {type(seed).__name__}")
+    if seed is not None and not -(2**63) <= seed < 2**64:
+        raise ValueError(f"{caller}: seed must fit in 64 bits, got {seed}")
     return num_samples if scheme == "ensemble" else 1
 
 

@@ -9,7 +9,7 @@ import torch
 from surface_models import Quadratic, mean_loss, quadratic_loader
 
 import losssurf_fast as lsf
-from losssurf_fast.files import load_state, save_arrays, save_state
+from losssurf_fast.files import load_arrays, load_state, save_arrays, save_state
 from losssurf_fast.neb import NEBReport
 from losssurf_fast.surface import Line, Rays
 
@@ -121,3 +121,12 @@ def test_a_state_with_code_is_not_read(tmp_path):
     torch.save({"a": print}, tmp_path / "x.pt")
     with pytest.raises(ValueError, match="X.load: .*x.pt is damaged or no file of X$"):
         load_state("X.load", tmp_path / "x.pt")
+
+
+def test_a_number_is_no_path(tmp_path):
+    """open takes it for the number of an open file, and closes that."""
+    with open(tmp_path / "file", "w") as file:
+        for load in (load_state, load_arrays):
+            with pytest.raises(TypeError, match="X.load: path must be a str or os.PathLike, got int"):
+                load("X.load", file.fileno())
+        file.write("still open")

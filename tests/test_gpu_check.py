@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -65,13 +67,21 @@ def test_a_section_that_fails_or_hangs_costs_only_itself(monkeypatch, tmp_path, 
     assert (said[0], said[1][0], said[2]) == (["no compiler"], "started", ["fine"])
 
 
+def results_in(folder):
+    return folder / f"{records.slug(run.describe_device('cpu'))}.jsonl"
+
+
+def measured(**more):
+    """A row as ``benchmarks.run`` writes it."""
+    row = {"family": "noise", "op": "philox_normal", "variant": "", "mode": "forward", "dtype": "fp32", "shape": [64]}
+    row |= {"threads": 1, "provider": "ours", "cases": "cuda"} | run.origin("cpu", "dry") | timing.empty_figures(None)
+    return row | {"median_ms": 1.5} | more
+
+
 def test_the_rows_of_a_section_that_was_killed_are_in_the_table(monkeypatch, tmp_path, capsys):
-    out = tmp_path / f"{records.slug(run.describe_device('cpu'))}.jsonl"
-    head = {"family": "noise", "op": "philox_normal", "variant": "", "mode": "forward", "dtype": "fp32"}
-    row = head | {"shape": [64], "threads": 1, "provider": "ours"} | run.origin("cpu", "dry") | {"cases": "cuda"}
-    row |= timing.empty_figures(None) | {"median_ms": 1.5}
-    out.write_text(json.dumps(row | {"op": "measured before"}) + "\n")
-    killed = f"import time; print({json.dumps(row)!r}, file=open({str(out)!r}, 'a'), flush=True); time.sleep(60)"
+    out = results_in(tmp_path)
+    out.write_text(json.dumps(measured(op="measured before")) + "\n")
+    killed = f"import time; print({json.dumps(measured())!r}, file=open({str(out)!r}, 'a'), flush=True); time.sleep(60)"
     listed = [Section("operators", lambda _: [(sys.executable, "-c", killed)], 0.05)]
     monkeypatch.setattr(gpu_check, "sections", lambda *_: listed)
     assert gpu_check.main(["--dry", "--out", str(tmp_path)]) == 1
@@ -90,12 +100,9 @@ def test_the_rows_of_a_section_that_was_killed_are_in_the_table(monkeypatch, tmp
     ],
 )
 def test_figures_of_families_with_red_tests_are_not_among_the_results(monkeypatch, tmp_path, capsys, said, kept_beside):
-    out = tmp_path / f"{records.slug(run.describe_device('cpu'))}.jsonl"
+    out = results_in(tmp_path)
     out.write_text('{"before": 1}\n')
-    row = {"op": "of", "variant": "", "mode": "forward", "dtype": "fp32", "shape": [64], "threads": 1}
-    row |= {"provider": "ours", "cases": "cuda"} | run.origin("cpu", "dry") | timing.empty_figures(None)
-    row |= {"median_ms": 1.5}
-    rows = [json.dumps(row | {"family": family}) for family in ("noise", "kl")]
+    rows = [json.dumps(measured(family=family)) for family in ("noise", "kl")]
     writes = f"print({rows[0]!r}, {rows[1]!r}, sep='\\n', file=open({str(out)!r}, 'a'))"
     listed = [
         Section("tests", lambda _: [(sys.executable, "-c", f"print({said!r}); raise SystemExit(1)")], 1),
@@ -127,6 +134,52 @@ def test_processes_over_the_limit_end_together():
     start = time.monotonic()
     assert gpu_check.carry_out(section, start + 60).status == "too long"
     assert time.monotonic() - start < 1.8 + 2 * gpu_check.LAST_WORDS
+
+
+def test_an_interrupt_ends_what_runs_and_keeps_what_was_measured(tmp_path):
+    """Ctrl-C while the operators are measured, after red tests: no process goes on, no figure is among the results."""
+    out, pid = results_in(tmp_path), tmp_path / "pid"
+    measures = f"print({json.dumps(measured())!r}, file=open({str(out)!r}, 'a'), flush=True); "
+    measures += f"import os, pathlib, time; pathlib.Path({str(pid)!r}).write_text(str(os.getpid())); time.sleep(60)"
+    code = (
+        "import sys; from benchmarks import gpu_check as g\n"
+        "g.sections = lambda *_: [\n"
+        "    g.Section('tests', lambda _: [(sys.executable, '-c', 'raise SystemExit(1)')], 1),\n"
+        f"    g.Section('operators', lambda _: [(sys.executable, '-c', {measures!r})], 1),\n"
+        "    g.Section('borders', lambda _: [('true',)], 1),\n"
+        "]\n"
+        f"sys.exit(g.main(['--dry', '--out', {str(tmp_path)!r}]))"
+    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", code], cwd=gpu_check.ROOT, **pipes) as check:
+        wait_for(lambda: pid.exists() and pid.read_text())
+        check.send_signal(signal.SIGINT)
+        said, errors = check.communicate(timeout=30)
+    assert check.returncode == 1 and "Traceback" not in errors.replace(measures, ""), errors
+    assert "interrupted" in said and "1.500" in said and "borders" not in said
+    assert not alive(int(pid.read_text())) and out.read_text() == ""
+    assert len([line for path in tmp_path.rglob("*-unconfirmed.jsonl") for line in path.open()]) == 1
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_a_folder_that_cannot_be_written_to_is_named(capsys):
+    with pytest.raises(SystemExit):
+        gpu_check.main(["--dry", "--out", "/proc/no"])
+    assert "--out /proc/no cannot be written to" in capsys.readouterr().err
 
 
 def test_sections_after_the_deadline_are_named():

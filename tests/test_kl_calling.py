@@ -142,3 +142,32 @@ def test_kl_retained_graph_and_accumulation():
         ops.kl_log_uniform(log_alpha), log_alpha, torch.tensor([1.0, 3.0]), is_grads_batched=True
     )[0]
     torch.testing.assert_close(batch[1], first)
+
+
+MISMATCHED = [  # parameters, weights, counts
+    ([], [torch.zeros(4, 3)], []),
+    ([torch.zeros(4, 3)], [], []),
+    ([torch.zeros(4, 3)], [], [1, 1]),
+    ([torch.zeros(4, 3)], [torch.zeros(4)], [1]),
+    ([torch.zeros(3000, 819)], [torch.zeros(2, 2)], [1]),
+    ([torch.zeros(4, 3), torch.zeros(2)], [torch.zeros(4, 3)], [1, 1]),
+]
+
+
+@pytest.mark.parametrize(("params", "weights", "counts"), MISMATCHED)
+@pytest.mark.parametrize("name", NAMES)
+def test_raw_operators_refuse_lists_that_do_not_fit(name, params, weights, counts):
+    stem = {"ard": "kl_ard", "normal": "kl_normal"}.get(name, "kl_log_uniform")
+    for op in (getattr(OP, stem), getattr(OP, f"{stem}_slopes")):
+        with pytest.raises(ValueError, match=rf"^{stem}: "):
+            op(params, weights, counts, *OPTIONS[name])
+
+
+def test_raw_operators_refuse_other_mistakes():
+    with pytest.raises(TypeError, match=r"^kl_normal: weight and its parameter must both be float64"):
+        OP.kl_normal([torch.zeros(3)], [torch.zeros(3, dtype=F64)], [1], 1.0)
+    for grad, counts in ((torch.zeros(()), []), (torch.zeros(()), [1, 1]), (torch.zeros(2), [1])):
+        with pytest.raises(ValueError, match=r"^kl_backward: counts must be as many as slopes"):
+            OP.kl_backward([torch.zeros(4, 3)], grad, counts)
+    with pytest.raises(ValueError, match=r"^kl_normal: weight must be strided"):
+        ops.kl_normal(torch.zeros(2, 2).to_sparse(), torch.zeros(2, 2))

@@ -268,6 +268,7 @@ X, W, B = torch.zeros(2, 4, 5, 5), torch.zeros(6, 4, 3, 3), torch.zeros(6)
         ((X, W.double(), W), {}, TypeError, "lrt_conv2d: weight must be torch.float32 beside x"),
         ((X, W, W.to("meta")), {}, ValueError, "lrt_conv2d: scale must be on x's device cpu, got meta"),
         ((X, W[0], W[0]), {}, ValueError, r"weight must be \[O, C / groups, 2 kernel sizes\], got \(4, 3, 3\)"),
+        ((X, W, W), {"groups": None}, TypeError, "groups must be an int, got None"),
         ((X, W, W), {"groups": 4}, ValueError, r"groups=4 must divide the channels of weight \(6, 4, 3, 3\)"),
         ((X, W, W), {"groups": 2}, ValueError, "x must have 8 channels for weight .* groups=2, got"),
         ((X, W, W[:2]), {}, ValueError, r"scale must be \(6, 4, 3, 3\) for parameterization 'additive', got \(2,"),

@@ -157,6 +157,11 @@ def test_errors(arguments, error, message):
         philox_normal(**{"shape": (3, 5), "seed": 1, **arguments})
 
 
+def test_device_0_is_a_gpu_and_not_the_default():
+    with pytest.raises((RuntimeError, ValueError), match="accelerator|cuda:0"):
+        philox_normal((3, 5), torch.tensor(1), device=0)
+
+
 def test_errors_name_the_caller():
     with pytest.raises(ValueError, match="lrt_linear: sample must lie in"):
         check_stream("lrt_linear", 0, 0, -1, 5)

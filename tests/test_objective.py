@@ -1,4 +1,5 @@
 import copy
+import math
 
 import pytest
 import torch
@@ -161,6 +162,7 @@ def test_elbo_loss_lets_a_network_learn():
         (lambda: lsf.ELBOLoss(net("layer"), "a"), TypeError, "ELBOLoss: num_data must be a number, got str"),
         (lambda: lsf.ELBOLoss(net("layer"), True), TypeError, "ELBOLoss: num_data must be a number, got bool"),
         (lambda: lsf.ELBOLoss(net("layer"), 0), ValueError, "num_data must be a positive number, got 0"),
+        (lambda: lsf.ELBOLoss(net("layer"), math.inf), ValueError, "num_data must be a positive number, got inf"),
         (lambda: lsf.ELBOLoss(nn.ReLU(), 10), ValueError, "ReLU has no stochastic layers"),
     ],
 )

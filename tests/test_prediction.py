@@ -167,6 +167,7 @@ class Summed(nn.Sequential):
             "draws_per_call must be a positive",
         ),
         (lambda: lsf.predict(net(), torch.ones(1, 6), seed=1.5), TypeError, "seed must be an int or None, got float"),
+        (lambda: lsf.predict(net(), torch.ones(1, 6), seed=2**64), ValueError, "predict: seed must fit in 64 bits"),
         (lambda: lsf.predict(net(), [1.0], draws_per_call=2), TypeError, "draws_per_call=2 needs a tensor x, got list"),
         (lambda: lsf.predict(len, torch.ones(1, 6)), TypeError, "predict: model must be a torch.nn.Module"),
         (lambda: lsf.predict(nn.Linear(6, 4), torch.ones(1, 6)), ValueError, "Linear has no stochastic layers"),

@@ -110,7 +110,8 @@ def test_online_ensemble_keeps_what_it_had_after_an_error():
     [
         (lambda e: lsf.OnlineEnsemble(entropies=1), TypeError, "entropies must be a bool, got int"),
         (lambda e: e.update([1.0]), TypeError, "OnlineEnsemble.update: logits must be a tensor, got list"),
-        (lambda e: e.update(torch.zeros(5, 3, dtype=torch.complex64)), TypeError, "logits must be real"),
+        (lambda e: e.update(torch.zeros(5, 3, dtype=torch.complex64)), TypeError, "logits must be of a floating dtype"),
+        (lambda e: e.update(torch.zeros(5, 3, dtype=torch.int64)), TypeError, "logits must be of a floating dtype"),
         (lambda e: e.update(torch.tensor(1.0)), ValueError, r"logits must be \[..., classes\], got \(\)"),
         (lambda e: e.update(torch.zeros(5, 0)), ValueError, r"logits must be \[..., classes\], got \(5, 0\)"),
         (lambda e: e.update(torch.zeros(5, 4)), ValueError, r"logits must be \(5, 3\) on cpu .* got \(5, 4\)"),

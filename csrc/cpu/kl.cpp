@@ -99,11 +99,29 @@ std::vector<Tensor> contiguous(at::TensorList tensors) {
   return result;
 }
 
+// What the kernels' pointers rely on; ops/kl.py has the checks that explain.
+void check_lists(KL kind, const std::vector<Tensor>& params, const std::vector<Tensor>& weights,
+                 at::IntArrayRef counts) {
+  const char* op = kind == KL::normal ? "kl_normal" : kind == KL::ard ? "kl_ard" : "kl_log_uniform";
+  const size_t count = params.size();
+  TORCH_CHECK_VALUE(count > 0 && counts.size() == count && (weights.empty() || weights.size() == count), op,
+                    ": parameters, at least one, and counts must be as many, weight as many or none, got ", count, ", ",
+                    counts.size(), " and ", weights.size());
+  for (size_t i = 0; i < weights.size(); ++i) {
+    TORCH_CHECK_VALUE(weights[i].sizes() == params[i].sizes(), op, ": weight must have its parameter's shape ",
+                      params[i].sizes(), ", got ", weights[i].sizes());
+    TORCH_CHECK_TYPE((weights[i].scalar_type() == at::kDouble) == (params[i].scalar_type() == at::kDouble), op,
+                     ": weight and its parameter must both be float64 or neither, got ", weights[i].scalar_type(),
+                     ", ", params[i].scalar_type());
+  }
+}
+
 // (sum_i counts[i] sum KL(params[i], weights[i]), slopes to params then weights); weights may be empty.
 std::tuple<Tensor, Slopes> kl_forward(KL kind, double prior_std, at::TensorList params_in, at::TensorList weights_in,
                                       at::IntArrayRef counts, bool want_slopes) {
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   const std::vector<Tensor> params = contiguous(params_in), weights = contiguous(weights_in);
+  check_lists(kind, params, weights, counts);
   const size_t count = params.size();
   Slopes slopes;
   if (want_slopes) {
@@ -183,6 +201,9 @@ void scale(at::TensorList slopes, const Tensor& grad, at::IntArrayRef counts, at
 std::vector<Tensor> kl_backward_cpu(at::TensorList slopes_in, const Tensor& grad, at::IntArrayRef counts) {
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   const Slopes slopes = contiguous(slopes_in);
+  TORCH_CHECK_VALUE(counts.size() == slopes.size() && grad.numel() == 1,
+                    "kl_backward: counts must be as many as slopes and grad 0-d, got ", counts.size(), ", ",
+                    slopes.size(), " and ", grad.sizes());
   std::vector<Tensor> grads;
   for (const Tensor& t : slopes) grads.push_back(at::empty_like(t));
   scale(slopes, grad, counts, grads);

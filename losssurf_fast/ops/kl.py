@@ -285,6 +285,8 @@ def _check_tensors(name: str, argument: str, params: Tensors, weight: Tensors | 
                 raise TypeError(f"{name}: {label} must have one of the dtypes {KL_DTYPES}, got {t.dtype}")
             if t.device != params[0].device:
                 raise ValueError(f"{name}: {label} must be on one device, {params[0].device}, got {t.device}")
+            if t.layout != torch.strided:
+                raise ValueError(f"{name}: {label} must be strided, got {t.layout}")
     for p, w in zip(params, weights, strict=False):
         if p.shape != w.shape:
             raise ValueError(f"{name}: weight must have {argument}'s shape {tuple(p.shape)}, got {tuple(w.shape)}")

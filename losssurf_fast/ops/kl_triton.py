@@ -268,6 +268,9 @@ def _attach(name, divergence, reference, slopes_reference):
     """``divergence(*options)`` gives the kernel's name for the formula and the prior's standard deviation."""
 
     def run(want_slopes, params, weights, counts, options):
+        shapes = [t.shape for t in params]
+        if not params or len(counts) != len(params) or (weights and [t.shape for t in weights] != shapes):
+            raise ValueError(f"{name}: weight must have shapes {shapes} or be empty, counts must be as many")
         contiguous = [[t.contiguous() for t in tensors] for tensors in (params, weights)]
         kind, prior_std = divergence(*options)
         return kl_pass(kind, *contiguous, counts, want_slopes, prior_std)

@@ -26,6 +26,8 @@ def _check(name, x, weight, scale, bias, parameterization, dims, transposed, gro
     layout = "[C, O / groups" if transposed else "[O, C / groups"
     if matrix.dim() != dims + 2:
         raise ValueError(f"{name}: {matrix_name} must be {layout}, {dims} kernel sizes], got {tuple(matrix.shape)}")
+    if isinstance(groups, bool) or not isinstance(groups, int | torch.SymInt):
+        raise TypeError(f"{name}: groups must be an int, got {groups!r}")
     if groups < 1 or matrix.shape[0] % groups:
         raise ValueError(f"{name}: groups={groups} must divide the channels of {matrix_name} {tuple(matrix.shape)}")
     channels = matrix.shape[0] if transposed else matrix.shape[1] * groups

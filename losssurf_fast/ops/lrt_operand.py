@@ -52,7 +52,7 @@ def variance_operand(weight, scale, parameterization, wide):
 
 def check_kind(name: str, main, weight, scale, parameterization, main_name: str = "x") -> tuple[torch.Tensor, str]:
     """The tensor that has the weights' shape and its argument's name, after checks that need no shape."""
-    if parameterization not in PARAMETERIZATIONS:
+    if not isinstance(parameterization, str) or parameterization not in PARAMETERIZATIONS:
         raise ValueError(f"{name}: parameterization must be one of {PARAMETERIZATIONS}, got {parameterization!r}")
     if (weight is None) != (parameterization == "variance"):
         wanted = "must be None" if weight is not None else "is missing"
@@ -127,7 +127,7 @@ def check_float8(name: str, matrix: torch.Tensor) -> None:
 
 def as_variance_dtype(name: str, dtype: torch.dtype | str | None) -> torch.dtype | None:
     """The ``variance_dtype`` that function ``name`` was given."""
-    if dtype not in (None, FLOAT8, "float8_e4m3fn"):
+    if not isinstance(dtype, torch.dtype | str | None) or dtype not in (None, FLOAT8, "float8_e4m3fn"):
         raise ValueError(f"{name}: variance_dtype must be None or 'float8_e4m3fn', got {dtype!r}")
     return None if dtype is None else FLOAT8
 

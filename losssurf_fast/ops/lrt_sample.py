@@ -173,6 +173,8 @@ def check_companion(name: str, argument: str, tensor, main_name: str, main: torc
         raise TypeError(f"{name}: {argument} must be a tensor, got {type(tensor).__name__}")
     if tensor.device != main.device:
         raise ValueError(f"{name}: {argument} must be on {main_name}'s device {main.device}, got {tensor.device}")
+    if tensor.layout != torch.strided:
+        raise ValueError(f"{name}: {argument} must be strided, got {tensor.layout}")
     half = main.dtype in HALF_DTYPES
     if tensor.dtype != main.dtype and not (half and tensor.dtype == torch.float32):
         wanted = f"{main.dtype} or torch.float32" if half else f"{main.dtype}"

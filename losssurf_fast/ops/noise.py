@@ -209,7 +209,8 @@ def philox_normal(
         TypeError, ValueError: seed, offsets, sample or dtype are not of the kind or range above.
     """
     if isinstance(shape, torch.Tensor):
-        dtype, device, sizes = dtype or shape.dtype, device or shape.device, tuple(shape.shape)
+        dtype = shape.dtype if dtype is None else dtype
+        device, sizes = shape.device if device is None else device, tuple(shape.shape)
     else:
         sizes = (shape,) if isinstance(shape, int | torch.SymInt) else tuple(shape)
         for size in sizes:
@@ -217,10 +218,12 @@ def philox_normal(
                 raise TypeError(f"philox_normal: shape must be ints or a tensor, got {shape!r}")
     if any(size < 0 for size in sizes):
         raise ValueError(f"philox_normal: sizes must not be negative, got {sizes}")
-    dtype = dtype or torch.float32
+    dtype = torch.float32 if dtype is None else dtype
     if dtype not in NOISE_DTYPES:
         raise TypeError(f"philox_normal: dtype must be one of {NOISE_DTYPES}, got {dtype}")
-    device = torch.device(device or (seed.device if isinstance(seed, torch.Tensor) else "cpu"))
+    if device is None:
+        device = seed.device if isinstance(seed, torch.Tensor) else "cpu"
+    device = torch.device(device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     if seed is None:

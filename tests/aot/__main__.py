@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -10,8 +11,8 @@ from aot import all_cases  # noqa: E402
 from aot.compiler import compile_case  # noqa: E402
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2 or not sys.argv[1].isdigit():
-        sys.exit("usage: python tests/aot ARCHITECTURE, as 90 for compute capability 9.0")
+    if len(sys.argv) != 2 or not re.fullmatch(r"[89]\d|1[0-2]\d", sys.argv[1]):
+        sys.exit("usage: python tests/aot ARCHITECTURE, as 90 for compute capability 9.0; 80 at least")
     architecture = int(sys.argv[1])
     os.environ["TRITON_DUMP_PTXAS_LOG"] = "1"
     with tempfile.TemporaryDirectory() as folder:  # a kernel that comes from a cache has no ptxas log
