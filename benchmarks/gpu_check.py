@@ -127,18 +127,19 @@ def carry_out(section: Section, deadline: float, later: float = 0.0) -> Outcome:
         return Outcome(section.name, "too long", 0.0, ["the sections before it took all the time"])
     said = {"ok": [], "failed": [], "too long": []}
     red = set()
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a script's background, and the children's then, too
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     with tempfile.TemporaryDirectory() as logs:
         children = []
-        for number, command in enumerate(section.commands(limit / 60)):
-            log = (Path(logs) / str(number)).open("w+")
-            children.append((log, subprocess.Popen(
-                command, cwd=ROOT, env=environment(), stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-            )))  # fmt: skip
-        started = [child for _, child in children]
         try:
-            stopped = stop_late(started, start + limit)
+            for number, command in enumerate(section.commands(limit / 60)):
+                log = (Path(logs) / str(number)).open("w+")
+                children.append((log, subprocess.Popen(
+                    command, cwd=ROOT, env=environment(), stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+                )))  # fmt: skip
+            stopped = stop_late([child for _, child in children], start + limit)
         except BaseException:  # Ctrl-C: they are in groups of their own, and would go on
-            stop_late(started, start)
+            stop_late([child for _, child in children], start)
             raise
         for log, child in children:
             status = "too long" if child in stopped else "failed" if child.returncode else "ok"
@@ -170,15 +171,17 @@ def stop_late(children: Sequence[subprocess.Popen], deadline: float) -> list[sub
         with contextlib.suppress(subprocess.TimeoutExpired):
             child.wait(max(0.0, deadline - time.monotonic()))
     late = [child for child in children if child.poll() is None]
-    for child in late:
-        _signal(child, signal.SIGINT)
-    last = time.monotonic() + LAST_WORDS
-    for child in late:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            child.wait(max(0.0, last - time.monotonic()))
-    for child in late:
-        _signal(child, signal.SIGKILL)
-        child.wait()
+    try:
+        for child in late:
+            _signal(child, signal.SIGINT)
+        last = time.monotonic() + LAST_WORDS
+        for child in late:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(max(0.0, last - time.monotonic()))
+    finally:
+        for child in late:
+            _signal(child, signal.SIGKILL)
+            child.wait()
     return late
 
 
@@ -215,21 +218,27 @@ def lines_of(file: Path, start: int) -> list[dict]:
 
 
 def red_families(outcomes: Sequence[Outcome]) -> set[str]:
-    """Families with a red test; all of them where a red test is of none."""
+    """Families with a red test among their files; all of them where a red test is of none."""
     red = [file for outcome in outcomes for file in outcome.red if outcome.name == "tests"]
-    of_file = lambda file: {f for f in cases.families() if file.startswith(f"tests/test_{f}")}
-    found = [of_file(file) for file in red]
-    return set(cases.families()) if not all(found) else set().union(*found)
+    found = [{family for family in cases.families() if file in run.test_files(family)} for file in red]
+    return set().union(*found) if all(found) else set(cases.families())
 
 
-def withdraw(results: Path, start: int, families: set[str], to: Path) -> None:
-    """Take these families' rows that were appended to ``results`` since it had ``start`` bytes over to ``to``."""
+def settle(results: Path, start: int, families: set[str], beside: Path) -> list[dict]:
+    """The rows that were appended to ``results`` since it had ``start`` bytes; these families' are taken over to
+    ``beside``, and a line that was cut off is dropped.
+    """
     rows = lines_of(results, start)
-    with results.open("r+") as file, to.open("a") as withdrawn:
-        file.truncate(start)
-        file.seek(start)
-        for row in rows:
-            (withdrawn if row["family"] in families else file).write(json.dumps(row) + "\n")
+    as_text = lambda rows: "".join(json.dumps(row) + "\n" for row in rows)
+    if results.exists():
+        with results.open("r+") as file:
+            file.truncate(start)
+            file.seek(start)
+            file.write(as_text(row for row in rows if row["family"] not in families))
+    if withdrawn := [row for row in rows if row["family"] in families]:
+        with beside.open("a") as file:
+            file.write(as_text(withdrawn))
+    return rows
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -274,10 +283,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 break
         with (folder / CHECKS.name / f"{name}.jsonl").open("a") as file:
             file.write(json.dumps(shared | {"sections": [asdict(outcome) for outcome in outcomes]}) + "\n")
-        measured = lines_of(out, before)
-        red = red_families(outcomes) if measured else set()  # else the package may not be there to ask
-        if red:
-            withdraw(out, before, red, folder / CHECKS.name / f"{name}-unconfirmed.jsonl")
+        red = red_families(outcomes) if lines_of(out, before) else set()  # else the package may not be there to ask
+        measured = settle(out, before, red, folder / CHECKS.name / f"{name}-unconfirmed.jsonl")
     borders = [line for outcome in outcomes if outcome.name == "borders" for line in outcome.said]
     if arguments.dry:
         notes.append("A dry run: its figures say nothing of any machine.")

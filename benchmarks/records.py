@@ -22,7 +22,7 @@ def newest(rows: Sequence[dict]) -> list[dict]:
 
     That a family was not measured counts until it is.
     """
-    rank = lambda row: (row["budget"] == "full", row["date"])
+    rank = lambda row: (row["budget"] == "full" and row["threads"] is not None, row["date"])
     which = lambda row: (row["device"], row["family"], device_type(row), row["threads"], *case_key(row))
     best, measured = {}, {}
     clean = [row for row in rows if not row["dirty"] and row["budget"] != "dry"]

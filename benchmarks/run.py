@@ -103,10 +103,14 @@ def environment(threads: int) -> dict[str, str]:
     }
 
 
+def test_files(family: str) -> list[str]:
+    """Of the family, and of those whose names begin with its: they share code."""
+    return sorted(str(path.relative_to(ROOT)) for path in ROOT.glob(f"tests/test_{family}*.py"))
+
+
 def gate(family: str) -> str | None:
     """Why the family's tests are not green, or None; a kernel with a red test has no speed."""
-    pattern = f"tests/test_{family}*.py"
-    files = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob(pattern))
+    pattern, files = f"tests/test_{family}*.py", test_files(family)
     if not files:
         return f"there is no {pattern}"
     print(f"{' '.join(files)} ...", file=sys.stderr, flush=True)

@@ -4,7 +4,7 @@ import contextlib
 
 import torch
 from torch import nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from losssurf_fast.ensembling import OnlineEnsemble
 from losssurf_fast.nn.lrt import LRTLayer, lrt_layers
@@ -94,6 +94,8 @@ def cached_variances(model: nn.Module):
                     del layer.variances
 
     with afterwards(close):
+        # Before the step, too, as an optimizer's own hooks run before these, which no failed step reaches.
+        hooks.append(register_optimizer_step_pre_hook(forget))
         hooks.append(register_optimizer_step_post_hook(forget))
         for layer in layers:
             cache = layer.variances

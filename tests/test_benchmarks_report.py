@@ -93,6 +93,8 @@ def test_a_red_gate_counts_until_the_family_is_measured():
     before, after = (result("ours", 3.0, date=f"2026-0{month}-01T10:00:00+00:00") for month in (4, 6))
     assert report.newest([before, red]) == [before, red]
     assert report.newest([before, red, after]) == [after]
+    again = red | {"budget": "quick", "date": "2026-07-01T10:00:00+00:00"}
+    assert report.newest([before, red, after, again]) == [after, again]
 
 
 def test_section_of_a_readme_is_replaced_and_markers_are_demanded():

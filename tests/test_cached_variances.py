@@ -111,6 +111,41 @@ def test_training_between_predictions_is_seen(number, loss):
             assert torch.equal(cached, linear(x, SEED))
 
 
+def test_what_runs_inside_a_step_sees_it():
+    linear, x, found = layer(), torch.randn(3, 6), []
+    optimizer = torch.optim.AdamW(linear.parameters(), 0.1, fused=True)
+
+    @torch.no_grad()
+    def look(*_):
+        cached = linear(x, SEED)
+        linear.variances.clear()
+        found.append(torch.equal(cached, linear(x, SEED)))
+
+    optimizer.register_step_post_hook(look)
+    with lsf.cached_variances(linear):
+        lsf.kl_divergence(linear).backward()
+        with torch.no_grad():
+            linear(x, SEED)
+        optimizer.step()
+    assert found == [True]
+
+
+def test_a_step_that_fails_half_way_is_seen():
+    linear, x, other = layer(), torch.randn(3, 6), nn.Parameter(torch.zeros(2))
+    groups = [{"params": list(linear.parameters())}, {"params": [other]}]
+    optimizer = torch.optim.SGD(groups, 0.1, fused=True)
+    with lsf.cached_variances(linear):
+        (lsf.kl_divergence(linear) + other.sum()).backward()
+        with torch.no_grad():
+            before = linear(x, SEED)
+            optimizer.param_groups[1]["lr"] = "none"
+            with pytest.raises(TypeError):
+                optimizer.step()
+            cached = linear(x, SEED)
+            linear.variances.clear()
+            assert torch.equal(cached, linear(x, SEED)) and not torch.equal(cached, before)
+
+
 def test_a_compiled_step_is_seen():
     linear, x = layer(), torch.randn(3, 6)
     optimizer = torch.optim.SGD(linear.parameters(), 0.1)

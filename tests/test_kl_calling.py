@@ -154,20 +154,31 @@ MISMATCHED = [  # parameters, weights, counts
 ]
 
 
+NEEDS_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
+DEVICES = ["cpu", pytest.param("cuda", marks=NEEDS_GPU)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("params", "weights", "counts"), MISMATCHED)
 @pytest.mark.parametrize("name", NAMES)
-def test_raw_operators_refuse_lists_that_do_not_fit(name, params, weights, counts):
+def test_raw_operators_refuse_lists_that_do_not_fit(name, params, weights, counts, device):
+    params, weights = ([t.to(device) for t in tensors] for tensors in (params, weights))
     stem = {"ard": "kl_ard", "normal": "kl_normal"}.get(name, "kl_log_uniform")
     for op in (getattr(OP, stem), getattr(OP, f"{stem}_slopes")):
         with pytest.raises(ValueError, match=rf"^{stem}: "):
             op(params, weights, counts, *OPTIONS[name])
 
 
-def test_raw_operators_refuse_other_mistakes():
+@pytest.mark.parametrize("device", DEVICES)
+def test_raw_operators_refuse_other_mistakes(device):
+    zeros = lambda *shape, dtype=F32: torch.zeros(shape, dtype=dtype, device=device)
     with pytest.raises(TypeError, match=r"^kl_normal: weight and its parameter must both be float64"):
-        OP.kl_normal([torch.zeros(3)], [torch.zeros(3, dtype=F64)], [1], 1.0)
-    for grad, counts in ((torch.zeros(()), []), (torch.zeros(()), [1, 1]), (torch.zeros(2), [1])):
+        OP.kl_normal([zeros(3)], [zeros(3, dtype=F64)], [1], 1.0)
+    for grad, counts in ((zeros(), []), (zeros(), [1, 1]), (zeros(2), [1])):
         with pytest.raises(ValueError, match=r"^kl_backward: counts must be as many as slopes"):
-            OP.kl_backward([torch.zeros(4, 3)], grad, counts)
+            OP.kl_backward([zeros(4, 3)], grad, counts)
+
+
+def test_sparse_parameters_are_refused():
     with pytest.raises(ValueError, match=r"^kl_normal: weight must be strided"):
         ops.kl_normal(torch.zeros(2, 2).to_sparse(), torch.zeros(2, 2))

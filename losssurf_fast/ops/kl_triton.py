@@ -248,6 +248,9 @@ def _kl_scale_kernel(
 
 
 def kl_backward_triton(slopes, grad, counts):
+    if len(counts) != len(slopes) or grad.numel() != 1:
+        got = f"{len(counts)}, {len(slopes)} and {tuple(grad.shape)}"
+        raise ValueError(f"kl_backward: counts must be as many as slopes and grad 0-d, got {got}")
     if any(s.dtype == torch.float64 for s in slopes):
         return kl.kl_backward_reference(slopes, grad, counts)
     slopes = [s.contiguous() for s in slopes]
@@ -264,23 +267,34 @@ def kl_backward_triton(slopes, grad, counts):
 # ---- operators -----------------------------------------------------------------------------------------------------
 
 
+def check_lists(name: str, params, weights, counts) -> None:
+    """What the kernels' pointers rely on; ops/kl.py has the checks that explain."""
+    shapes, found = [tuple(t.shape) for t in params], [tuple(t.shape) for t in weights]
+    if not params or len(counts) != len(params) or found not in ([], shapes):
+        raise ValueError(
+            f"{name}: weight must have its parameters' shapes {shapes} or be empty, got {found}; counts must be as "
+            f"many, got {len(counts)}"
+        )
+    if any((p.dtype == torch.float64) != (w.dtype == torch.float64) for p, w in zip(params, weights, strict=False)):
+        raise TypeError(f"{name}: weight and its parameter must both be float64 or neither")
+
+
 def _attach(name, divergence, reference, slopes_reference):
     """``divergence(*options)`` gives the kernel's name for the formula and the prior's standard deviation."""
 
     def run(want_slopes, params, weights, counts, options):
-        shapes = [t.shape for t in params]
-        if not params or len(counts) != len(params) or (weights and [t.shape for t in weights] != shapes):
-            raise ValueError(f"{name}: weight must have shapes {shapes} or be empty, counts must be as many")
         contiguous = [[t.contiguous() for t in tensors] for tensors in (params, weights)]
         kind, prior_std = divergence(*options)
         return kl_pass(kind, *contiguous, counts, want_slopes, prior_std)
 
     def value(params, weights, counts, *options):
+        check_lists(name, params, weights, counts)
         if any(t.dtype == torch.float64 for t in params):
             return reference(params, weights, counts, *options)
         return run(False, params, weights, counts, options)[0]
 
     def value_and_slopes(params, weights, counts, *options):
+        check_lists(name, params, weights, counts)
         if any(t.dtype == torch.float64 for t in params):
             return slopes_reference(params, weights, counts, *options)
         return run(True, params, weights, counts, options)

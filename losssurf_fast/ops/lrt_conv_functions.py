@@ -26,7 +26,7 @@ def _check(name, x, weight, scale, bias, parameterization, dims, transposed, gro
     layout = "[C, O / groups" if transposed else "[O, C / groups"
     if matrix.dim() != dims + 2:
         raise ValueError(f"{name}: {matrix_name} must be {layout}, {dims} kernel sizes], got {tuple(matrix.shape)}")
-    if isinstance(groups, bool) or not isinstance(groups, int | torch.SymInt):
+    if isinstance(groups, bool) or not hasattr(groups, "__index__"):
         raise TypeError(f"{name}: groups must be an int, got {groups!r}")
     if groups < 1 or matrix.shape[0] % groups:
         raise ValueError(f"{name}: groups={groups} must divide the channels of {matrix_name} {tuple(matrix.shape)}")

@@ -53,7 +53,7 @@ def others(case: Case) -> list[Case]:
             case,
             name=f"{case.name}, shifted",
             constants=case.constants | {"SHIFT": 2, "QUADS": 1},
-            per_element=case.per_element + 6,
+            per_element=case.per_element + 7,
             wide_accesses=(0, 0),
         ),
     ]
