@@ -62,7 +62,7 @@ class Outcome:
 
 def gpu_tests() -> list[str]:
     """Test files that have tests for a GPU, by their text: the mark, or a device chosen by what torch sees."""
-    signs = ("mark.gpu", "needs_gpu", "ON_GPU", "cuda.is_available()")
+    signs = ("mark.gpu", "ON_GPU", "cuda.is_available()")
     files = sorted(ROOT.glob("tests/test_*.py"))
     return [str(f.relative_to(ROOT)) for f in files if any(sign in f.read_text() for sign in signs)]
 

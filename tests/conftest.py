@@ -9,6 +9,13 @@ else:
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton: its kernels then run on CPU tensors
 
 
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no GPU"))
+
+
 @pytest.fixture(autouse=True)
 def seeded_and_poisoned():
     """Every test starts from the same generator, and uninitialised memory holds NaN."""

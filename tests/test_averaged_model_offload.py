@@ -76,7 +76,6 @@ def test_an_update_that_fails_is_not_counted(staged, monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_offload_on_a_gpu_takes_the_weights_of_its_moment_and_does_not_wait():
     model = Net().cuda()
     averaged, expected = lsf.AveragedModel(model, offload="cpu"), lsf.AveragedModel(model)

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 import losssurf_fast as lsf
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
+pytestmark = pytest.mark.gpu
 
 CYCLES = [{"steps": 20, "lr": 0.005, "count": 2, "subsample": 2}, {"insert": "highest", "count": 1}]
 

@@ -10,7 +10,6 @@ from losssurf_fast.ops.noise import MAX_COLUMNS, as_seed, check_stream
 
 ops = torch.ops.losssurf_fast
 CPU = torch.device("cpu")
-cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 
 @pytest.mark.parametrize(
@@ -173,7 +172,6 @@ def test_errors_name_the_caller():
 # ---- CUDA C++ ----------------------------------------------------------------------------------------------------
 
 
-@cuda
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [F64, F32, BF16, F16])
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from surface_models import Classifier, classifier_loaders, state
 import losssurf_fast as lsf
 from losssurf_fast.surface.rays import unit_directions
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
+pytestmark = pytest.mark.gpu
 
 
 def plane(device):

@@ -36,7 +36,6 @@ LINEAR_CASES = [  # (M, O, I), (dtype of x, of parameters), place
     *(((17, 63, 33), dtypes, PLACES[1]) for dtypes in DTYPES),
 ]
 SMALL_TILE = Tile(32, 16, 16, 4, 2)  # several programs and steps at small sizes
-needs_gpu = pytest.mark.skipif(not ON_GPU, reason="no GPU")
 
 
 @pytest.fixture(autouse=True)
@@ -358,7 +357,6 @@ def test_tiles_have_room_for_what_is_loaded():
 # ---- on a GPU ------------------------------------------------------------------------------------------------------
 
 
-@needs_gpu
 @pytest.mark.gpu
 @pytest.mark.parametrize("rows", [64, 512])
 def test_lrt_linear_in_a_cuda_graph(rows):

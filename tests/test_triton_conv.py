@@ -17,7 +17,6 @@ from test_triton import (  # noqa: F401
     DEVICE,
     ON_GPU,
     PLACES,
-    needs_gpu,
     one_rounding_per_fma,
     seed_tensor,
     to_device,
@@ -295,7 +294,6 @@ def test_kernels_are_attached():
 # ---- on a GPU ------------------------------------------------------------------------------------------------------
 
 
-@needs_gpu
 @pytest.mark.gpu
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("parameterization", lrt.PARAMETERIZATIONS)
@@ -308,7 +306,6 @@ def test_lrt_conv_operator_on_a_gpu(parameterization, channels_last):
         torch.library.opcheck(torch.ops.losssurf_fast.lrt_conv.default, arguments)
 
 
-@needs_gpu
 @pytest.mark.gpu
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_lrt_conv_in_a_cuda_graph(channels_last):
