@@ -94,7 +94,8 @@ def cached_variances(model: nn.Module):
                     del layer.variances
 
     with afterwards(close):
-        # Before the step, too, as an optimizer's own hooks run before these, which no failed step reaches.
+        # After a step, for what its closure kept; and before it, as its own hooks run earlier than these, and one that
+        # fails has none.
         hooks.append(register_optimizer_step_pre_hook(forget))
         hooks.append(register_optimizer_step_post_hook(forget))
         for layer in layers:
