@@ -192,7 +192,7 @@ def sections(rows: Sequence[dict], table) -> str:
             clock = "GPU time" if kind == "cuda" else clock
             machine = [row for row in of_device if row["family"] == "machine" and row["threads"] == threads]
             parts.append(f"**{clock}.** {machine_line(machine)}" if machine else f"**{clock}.**")
-            for of_family in grouped(group, lambda row: row["family"]).values():
+            for _, of_family in sorted(grouped(group, lambda row: row["family"]).items()):
                 cases = [(key, rows, known_case(known, rows[0])) for key, rows in grouped(of_family, case_key).items()]
                 if kind == "cuda":
                     copied = copy_rate(machine)

@@ -97,7 +97,7 @@ def cases(tiny: bool = False, device_type: str = "cpu") -> list[Case]:
     small, middle, large = ((3, 5),) * 3 if tiny else SHAPES[device_type]
     layers, layer = (3, (3, 2)) if tiny else LAYERS[device_type]
     # Ours writes slopes in the forward and reads them in the backward, instead of the parameters: 16 bytes where 12 are
-    # counted. Computing them twice would take longer than that.
+    # counted. The target is for the bytes that move.
     goal = {"copy_target": GPU_COPY * 12 / 16} if on_gpu else {"targets": {1: 10.0, 2: 10.0}}
     also = goal if on_gpu else {}
     exact, approximate = kl_log_uniform, functools.partial(kl_log_uniform, exact=False)
